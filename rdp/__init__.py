@@ -1,0 +1,43 @@
+"""Residual DropPath (RDP) for any PyTorch model.
+
+Two lines in an existing training loop::
+
+    handle = rdp.attach(model, rate=0.1)
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+Source: Park (2024), "Residual DropPath", https://arxiv.org/abs/2411.09475
+"""
+
+from rdp.branches import Branch, Refusal
+from rdp.errors import (
+    ArgumentError,
+    AttachError,
+    BranchError,
+    ForwardError,
+    NativeDropPathError,
+    RdpError,
+    RdpWarning,
+    StateError,
+)
+from rdp.handle import ResidualDropPath, attach
+from rdp.optim import MaskedOptimizer
+from rdp.phases import Phase
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "AttachError",
+    "Branch",
+    "BranchError",
+    "ForwardError",
+    "MaskedOptimizer",
+    "NativeDropPathError",
+    "Phase",
+    "RdpError",
+    "RdpWarning",
+    "Refusal",
+    "ResidualDropPath",
+    "StateError",
+    "attach",
+]

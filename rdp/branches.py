@@ -1,0 +1,84 @@
+"""What a residual branch is to the rest of the library: where it is masked, what it owns, how often it is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["identity", "parallel", "projection", "named"]
+
+
+@dataclass(frozen=True)
+class RowAxis:
+    """Where the rows (samples) of a tensor are: entry `r * fold + i` of `axis` belongs to row r."""
+
+    axis: int
+    fold: int = 1
+
+
+@dataclass(frozen=True)
+class GatePoint:
+    """A module output that a hook masks: tensor number `leaf` of what `module` returns, along `rows`."""
+
+    module: str
+    leaf: int
+    rows: RowAxis | None
+    zero_only: bool = False
+    """A function between here and the sum keeps zeros but does not commute with rescaling, so only 0/1 masks fit."""
+    of_block: bool = False
+    """The module is the whole block: undropped rows take its output, dropped ones its input."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: the F of `y = shortcut(x) + F(x)`.
+
+    Attributes:
+        name: Qualified name of the module whose output is gated.
+        block: Qualified name of the module whose forward adds the branch to the shortcut; "" is the model itself.
+        kind: "identity" (`x + f(x)`), "parallel" (`x + f(x) + g(x)`), "projection" (`downsample(x) + f(x)`), or
+            "named" for a module that `branches=` named and whose sum was not recognised.
+        parameters: Names of the parameters that reach the loss only through this branch or others that list them.
+        sums: Number of residual sums that it feeds in one forward: above 1 where modules share their weights.
+        depth: Position of its block among the model's blocks; branches of one block share a drop rate.
+        rate: Drop probability; 0 means that the branch is not gated at all.
+        compute: "dense" runs all rows; "rows" runs only the rows that the step needs.
+        gates: The module outputs that are masked; several where a branch ends in a concatenation.
+        inside: Index of the gated branch that encloses this one, or None.
+        note: What a reader of the table should know, such as "ambiguous".
+    """
+
+    name: str
+    block: str
+    kind: Kind
+    parameters: tuple[str, ...]
+    sums: int = 1
+    depth: int = 0
+    rate: float = 0.0
+    compute: str = "dense"
+    gates: tuple[GatePoint, ...] = ()
+    inside: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A residual sum that was recognised, but whose branch cannot be gated soundly."""
+
+    name: str
+    """Qualified name of the module that ends the branch; "" where no module does."""
+    block: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"`{self.name or self.block}`: {self.reason}"
+
+
+def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...]) -> str:
+    """The branches as text, a line each, and what was refused below them."""
+    header = ("branch", "rate", "kind", "compute", "parameters", "note")
+    rows = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters)), b.note) for b in branches]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines += [f"not gated: {refusal}" for refusal in refused]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,267 @@
+"""Finding the branches of a model: its residual sums, where their branches end, and which parameters they own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rdp.branches import Branch, GatePoint, Kind, Refusal
+from rdp.discovery import forwards
+from rdp.discovery.graph import Graph
+from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
+from rdp.discovery.seams import Seam, find_seams
+from rdp.discovery.trace import Call, Trace
+
+_INNER_SHARE = 0.5
+"""Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What one traced forward shows: branches without rates, in forward order, and what was refused."""
+
+    branches: tuple[Branch, ...]
+    refused: tuple[Refusal, ...]
+    additions: int
+    """Number of additions that were looked at."""
+    coupled: tuple[str, ...] = ()
+    """Branches whose rows come out different beside other rows, even in eval mode."""
+
+
+@dataclass
+class _Candidate:
+    """A branch in the making: the sums it feeds and the module outputs that would be masked."""
+
+    residuals: list[Residual]
+    seams: list[Seam]
+    path: set[int]
+    """Every value between a fork and the end of the branch."""
+    reason: str | None = None
+    """Why it cannot be gated soundly."""
+    kind: Kind = "named"
+
+    @property
+    def name(self) -> str:
+        return self.seams[-1].call.name if self.seams else ""
+
+    def encloses(self, other: _Candidate) -> bool:
+        return other is not self and any(residual.sum in self.path for residual in other.residuals)
+
+
+def find_branches(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    named: Sequence[str] = (),
+    need_rows: bool = True,
+) -> Discovery:
+    """Find every residual branch of `model` from forwards of two rows and of one row of the given inputs.
+
+    Mode, gradients, BatchNorm statistics and random number generators are left as they were.
+
+    Args:
+        model: Any model; on `meta` too.
+        args: Positional inputs of its forward; at most two rows of the batch are used.
+        kwargs: Keyword inputs of its forward.
+        named: Modules to gate although they were not found, or refused; the user vouches for them.
+        need_rows: Refuse branches on whose output the rows of the batch cannot be located, as row mode must.
+
+    Returns:
+        What was found.
+    """
+    with forwards.undisturbed(model):
+        pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
+        graph = Graph(Trace(model).run(*pair))
+        residuals, rejected = find_residuals(graph)
+        residuals, side_inputs = without_side_inputs(graph, residuals)
+        candidates = _candidates(graph, residuals)
+        candidates = _without_nested(graph, model, candidates)
+        candidates = _with_named(graph, candidates, named)
+        ends = {seam.call.name for c in candidates for seam in c.seams}
+        two, one = forwards.observe(model, pair, ends), forwards.observe(model, single, ends)
+    gates = {id(c): _gate_points(c, two, one) for c in candidates}
+    for candidate in candidates:
+        if need_rows and candidate.reason is None and any(gate.rows is None for gate in gates[id(candidate)]):
+            candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
+    accepted = [c for c in candidates if c.reason is None]
+    refused = [c for c in candidates if c.reason is not None and not any(a.encloses(c) for a in accepted)]
+    branches = _branches(graph, model, accepted, [gates[id(c)] for c in accepted])
+    return Discovery(
+        branches,
+        tuple(Refusal(c.name, _block(graph, c), c.reason or "") for c in refused),
+        additions=len(residuals) + len(rejected) + len(side_inputs),
+        coupled=tuple(b.name for b in branches if any(_coupled(gate, two, one) for gate in b.gates)),
+    )
+
+
+def _candidates(graph: Graph, residuals: list[Residual]) -> list[_Candidate]:
+    """One candidate a branch; sums fed by calls of the same modules are one branch with shared weights."""
+    groups: dict[tuple[str, ...], list[_Candidate]] = defaultdict(list)
+    for residual in residuals:
+        seams = find_seams(graph, residual)
+        path = graph.between(residual.fork, residual.branch)
+        candidate = _Candidate([residual], seams, path, _unsound(graph, residual, seams), residual.kind)
+        key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}",)
+        groups[key].append(candidate)
+    merged = []
+    for group in groups.values():
+        seams = [seam for c in group for seam in c.seams]
+        reasons = [c.reason for c in group if c.reason is not None]
+        calls = {(seam.call.name, seam.call.ordinal) for seam in seams}
+        for name in sorted({seam.call.name for seam in seams}):
+            gated, made = sum(n == name for n, _ in calls), graph.trace.count[name]
+            if gated < made:
+                reasons.append(f"`{name}` is called {made} times in a forward, {gated} of them at the end of a branch")
+        merged.append(
+            _Candidate(
+                [residual for c in group for residual in c.residuals],
+                seams,
+                set().union(*(c.path for c in group)),
+                reasons[0] if reasons else None,
+                group[0].kind,
+            )
+        )
+    return merged
+
+
+def _unsound(graph: Graph, residual: Residual, seams: list[Seam]) -> str | None:
+    if not seams:
+        return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
+    for seam in seams:
+        if seam.of_block:
+            continue
+        if graph.reaches_output([seam.value], around=residual.sum):
+            return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
+        if graph.reaches_output(graph.between(residual.fork, seam.value), around=residual.sum):
+            return f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
+    return None
+
+
+def _without_nested(graph: Graph, model: nn.Module, candidates: list[_Candidate]) -> list[_Candidate]:
+    """Of branches inside branches keep the outer one, unless the inner ones hold most of its parameters."""
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def numel(candidate: _Candidate) -> int:
+        return sum(sizes.get(name, 0) for name in graph.parameters(candidate.path))
+
+    dropped: set[int] = set()
+    for outer in reversed(candidates):  # an outer sum comes after the inner ones
+        inner = [c for c in candidates if outer.encloses(c) and id(c) not in dropped and c.reason is None]
+        if outer.reason is not None or id(outer) in dropped or not inner:
+            continue
+        if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):
+            dropped |= {id(c) for c in inner}
+        else:
+            dropped.add(id(outer))
+    return [c for c in candidates if id(c) not in dropped]
+
+
+def _with_named(graph: Graph, candidates: list[_Candidate], named: Sequence[str]) -> list[_Candidate]:
+    """Accept what the user named: a refused candidate, or else the module's output whatever becomes of it."""
+    for name in named:
+        known = next((c for c in candidates if c.name == name), None)
+        if known is not None:
+            known.reason = None
+            continue
+        calls = [call for call in graph.trace.calls if call.name == name and call.outputs]
+        if calls:
+            path = {v.index for v in graph.values if v.is_data and any(c in calls for c in graph.owners(v.index))}
+            candidates.append(_Candidate([], [Seam(call, call.outputs[0]) for call in calls], path))
+    return sorted(candidates, key=lambda c: c.seams[0].call.begin if c.seams else c.residuals[0].sum)
+
+
+Outputs = dict[str, list[Tensor]]
+
+
+def _gate_points(candidate: _Candidate, two: Outputs, one: Outputs) -> tuple[GatePoint, ...]:
+    points: dict[tuple[str, int], GatePoint] = {}
+    for seam in candidate.seams:
+        name, leaf = seam.call.name, seam.call.outputs.index(seam.value)
+        rows = forwards.row_axis(two[name][leaf], one[name][leaf])
+        points[name, leaf] = GatePoint(name, leaf, rows, seam.zero_only, seam.of_block)
+    return tuple(points.values())
+
+
+def _coupled(gate: GatePoint, two: Outputs, one: Outputs) -> bool:
+    if gate.rows is None:
+        return False
+    return forwards.rows_coupled(two[gate.module][gate.leaf], one[gate.module][gate.leaf], gate.rows)
+
+
+def _owner(graph: Graph, candidate: _Candidate) -> Call | None:
+    if candidate.residuals:
+        return graph.values[candidate.residuals[0].sum].owner
+    return candidate.seams[0].call.parent
+
+
+def _block(graph: Graph, candidate: _Candidate) -> str:
+    owner = _owner(graph, candidate)
+    return owner.name if owner is not None else ""
+
+
+def _branches(
+    graph: Graph, model: nn.Module, accepted: list[_Candidate], points: list[tuple[GatePoint, ...]]
+) -> tuple[Branch, ...]:
+    parameters = _parameters_by_branch(graph, model, accepted)
+    groups = [_rate_group(graph, candidate) for candidate in accepted]
+    depths = {group: depth for depth, group in enumerate(dict.fromkeys(groups))}
+    branches = []
+    for candidate, gates, names, group in zip(accepted, points, parameters, groups, strict=True):
+        sums = max(len(candidate.residuals), 1)
+        notes = [f"{sums} sums share its weights and its mask"] if sums > 1 else []
+        notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
+        around = _innermost([c.path if c.encloses(candidate) else None for c in accepted])
+        branches.append(
+            Branch(
+                name=candidate.name,
+                block=_block(graph, candidate),
+                kind=candidate.kind,
+                parameters=tuple(names),
+                sums=sums,
+                depth=depths[group],
+                gates=gates,
+                inside=around,
+                note=", ".join(notes),
+            )
+        )
+    return tuple(branches)
+
+
+def _innermost(paths: Sequence[set[int] | None]) -> int | None:
+    """Index of the smallest path that is not None."""
+    sizes = {i: len(path) for i, path in enumerate(paths) if path is not None}
+    return min(sizes, key=lambda i: sizes[i], default=None)
+
+
+def _parameters_by_branch(graph: Graph, model: nn.Module, accepted: list[_Candidate]) -> list[list[str]]:
+    """For each branch the parameters used in it (and not deeper, in a branch inside it) and in no ungated place."""
+    used: dict[str, set[int | None]] = {name: set() for name, _ in model.named_parameters(remove_duplicate=False)}
+    reaching = set().union(*(graph.ancestors(output, 0) for output in graph.trace.root.outputs))
+    for index in reaching or range(len(graph.values)):
+        names = graph.parameters([index]) & used.keys()
+        if names:
+            place = _innermost([c.path if index in c.path else None for c in accepted])
+            for name in names:
+                used[name].add(place)
+    result: list[list[str]] = [[] for _ in accepted]
+    for name, places in used.items():
+        if None not in places:
+            for place in places:
+                result[place].append(name)  # type: ignore[index]
+    return result
+
+
+def _rate_group(graph: Graph, candidate: _Candidate) -> str:
+    """What shares a drop rate: the adding module or, where it loops over a list of modules, the item of that list."""
+    owner = _owner(graph, candidate)
+    prefix = f"{owner.name}." if owner is not None and owner.name else ""
+    parts = candidate.name.removeprefix(prefix).split(".") if candidate.name.startswith(prefix) else []
+    for position in range(1, len(parts)):
+        container = prefix + ".".join(parts[:position])
+        if graph.trace.count[container] == 0 and parts[position].isdigit():  # a list is never called itself
+            return f"{container}.{parts[position]}"
+    return f"{owner.name}#{owner.ordinal}" if owner is not None else ""

@@ -1,0 +1,101 @@
+"""Running a model on two rows and on one, without leaving a trace, to see which axis of a tensor holds the rows.
+
+The axis that halves is the batch axis. It is not always the first: XLNet has it second, and MobileViT folds tokens
+into it, so that one row of the batch is several consecutive entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rdp.branches import RowAxis
+from rdp.discovery.trace import tensors_in
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+_COUPLED = 1e-2
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forwards in eval mode; training flags and random number generators are put back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    # The fused inference kernels of nn.TransformerEncoderLayer would hide the additions.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        model.train(training[0][1])  # lets modules drop what they cached for eval
+        for module, was_training in training:
+            module.training = was_training
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The length of the first axis of the first input tensor that has one."""
+    return next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), None)
+
+
+def take_rows(inputs: Inputs, rows: int) -> Inputs:
+    """The first `rows` rows of every input tensor whose first axis has the batch's length, repeated where too few."""
+    size = batch_size(*inputs)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size and size:
+            # index_select copies: the model may write to its input, and a slice of the caller's would show it.
+            return value.detach().index_select(0, torch.arange(rows, device=value.device) % size)
+        return value
+
+    cut_inputs: Inputs = tree_map(cut, inputs)
+    return cut_inputs
+
+
+def observe(model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> dict[str, list[Tensor]]:
+    """The output tensors of the named modules in one forward without gradients."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # A copy, since the block may add to the output in place.
+            seen[name] = [t.detach().clone() for t in tensors_in(output)]
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def row_axis(pair: Tensor, single: Tensor) -> RowAxis | None:
+    """The axis along which a tensor of two rows and the same tensor of one row differ; None if that is unclear."""
+    if pair.dim() != single.dim():
+        return None
+    differing = [i for i, (two, one) in enumerate(zip(pair.shape, single.shape, strict=True)) if two != one]
+    if len(differing) != 1 or pair.shape[differing[0]] != 2 * single.shape[differing[0]]:
+        return None
+    return RowAxis(differing[0], single.shape[differing[0]])
+
+
+def rows_coupled(pair: Tensor, single: Tensor, where: RowAxis) -> bool:
+    """Does the first row come out different beside a second one? Then `where` is not an axis of independent rows."""
+    if pair.is_meta or not pair.is_floating_point():
+        return False
+    first = pair.narrow(where.axis, 0, where.fold).double()
+    alone = single.double()
+    scale = alone.abs().max()
+    return bool(((first - alone).abs().max() > _COUPLED * scale + 1e-12).item())

@@ -1,0 +1,65 @@
+"""What torch functions do to a row mask that is multiplied into their input: the vocabulary of discovery.
+
+The names are `__name__` of the functions as `TorchFunctionMode` sees them.
+"""
+
+from __future__ import annotations
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEW = _names(
+    "view reshape permute transpose flatten unflatten squeeze unsqueeze contiguous to type float half bfloat16 double "
+    "clone __get__ view_as type_as alias swapaxes movedim moveaxis reshape_as dropout requires_grad_ as_subclass t"
+)
+"""Same numbers in another form (or dropout, which is the identity in eval): the same value, for our purposes."""
+
+SLICE = _names("__getitem__ chunk split narrow unbind tensor_split index_select gather select")
+"""Part of the numbers."""
+
+SCALE = _names(
+    "mul mul_ div div_ true_divide multiply divide neg dropout dropout_ feature_dropout dropout1d dropout2d dropout3d"
+)
+"""Each number times another."""
+
+GATHER = _names("cat concat stack sum mean roll expand pad flip interpolate avg_pool2d adaptive_avg_pool2d fold repeat")
+"""Linear and without a bias, of one or several values."""
+
+COMMUTES = VIEW | SLICE | SCALE | GATHER
+"""f(m * x) == m * f(x) for a mask m >= 0 with one entry a row."""
+
+KEEPS_ZERO = _names("relu relu_ gelu silu tanh leaky_relu hardswish mish elu relu6")
+"""f(0) == 0: commutes with masks of zeros and ones, not with rescaled ones."""
+
+ADD = _names("add add_ addcmul addcmul_ __add__ __iadd__ __radd__")
+CONCATENATE = _names("cat concat stack")
+
+WEIGHTED = _names("linear conv1d conv2d conv3d multi_head_attention_forward conv_transpose2d")
+"""Layers with a weight matrix; the number of them on a path tells a shortcut from a branch."""
+
+AFFINE = (
+    COMMUTES
+    | ADD
+    | _names(
+        "linear conv1d conv2d conv3d batch_norm layer_norm group_norm rms_norm instance_norm max_pool1d max_pool2d "
+        "max_pool3d boolean_dispatch avg_pool1d avg_pool3d clamp sub rsqrt pow"
+    )
+)
+"""What a projection shortcut may be made of: projections, norms and pooling."""
+
+MIXING = _names("matmul __matmul__ bmm einsum baddbmm softmax scaled_dot_product_attention")
+"""Products of two data-dependent values, as in attention."""
+
+UPSAMPLE = _names("interpolate conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle upsample")
+
+BROADCAST = _names("expand repeat tile expand_as broadcast_to repeat_interleave")
+"""Turns a learned token into one a row: data from here on."""
+
+FRESH = frozenset(
+    f"{prefix}_{suffix}"
+    for prefix in ("new", "full", "zeros", "ones", "empty", "rand", "randn")
+    for suffix in ("zeros", "ones", "full", "empty", "tensor", "like")
+)
+"""Take a tensor for its shape alone; the result does not depend on its numbers."""

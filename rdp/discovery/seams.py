@@ -1,0 +1,110 @@
+"""Where a branch ends: the modules whose outputs must be masked so that the branch operand of a sum is masked.
+
+Usually one module returned exactly the tensor that is added. Where functions follow it (a layer scale, a permute, a
+concatenation), the search walks back through those that commute with a row mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rdp.discovery import ops
+from rdp.discovery.graph import Graph
+from rdp.discovery.residuals import Residual
+from rdp.discovery.trace import Call
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A module call whose output is masked."""
+
+    call: Call
+    value: int
+    """The masked value, one of `call.outputs`."""
+    zero_only: bool = False
+    """A function between here and the sum keeps zeros but does not commute with rescaling (relu, gelu)."""
+    of_block: bool = False
+    """The call is the whole block: undropped rows take its output, dropped ones its input."""
+
+
+def find_seams(graph: Graph, residual: Residual) -> list[Seam]:
+    """The seams that together mask the branch of `residual`; empty where there is none."""
+    path = graph.between(residual.fork, residual.branch)
+    return _seams(graph, residual.branch, residual, path) or _block_seam(graph, residual)
+
+
+def _seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
+    trace = graph.trace
+    node = graph.values[value]
+
+    def called_once(call: Call) -> bool:
+        return call.returns_tensor and trace.count[call.name] == 1
+
+    # The last and outermost module that returned this very tensor, which is the last to have returned; a module
+    # called once is the better seam.
+    calls = [c for c in node.returned_by if c.end <= residual.sum and c.begin > residual.fork]
+    best = max(reversed(calls), key=lambda c: (c.returns_tensor, trace.count[c.name] == 1, c.end), default=None)
+    if best is not None and called_once(best):
+        return [Seam(best, value)]
+    earlier = _earlier_seams(graph, value, residual, path)
+    if earlier and (best is None or all(called_once(seam.call) for seam in earlier)):
+        return earlier
+    return [Seam(best, value)] if best is not None else []
+
+
+def _earlier_seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
+    """Seams of the values that `value` was made from, if masking those masks `value`."""
+    node = graph.values[value]
+    sources = [i for i in dict.fromkeys(node.inputs) if i in path]
+    whole = len(sources) == len(set(node.inputs))
+    zero_only = node.op in ops.KEEPS_ZERO
+    if node.op in ops.ADD:
+        needed = sources if whole and len(node.inputs) > 1 else []
+    elif node.op in ops.GATHER:
+        needed = sources if whole else []
+    elif node.op in ops.SCALE:
+        # Two data-dependent factors: both are masked, or gradients would pass FREEZE through the other one.
+        needed, zero_only = sources, len(sources) > 1
+    elif node.op in ops.COMMUTES or node.op in ops.KEEPS_ZERO:
+        needed = sources[:1]
+    else:
+        needed = []
+    parts = [_seams(graph, i, residual, path) for i in needed]
+    if not parts or not all(parts):
+        return []
+    seams = {seam.value: seam for part in parts for seam in part}
+    return [replace(seam, zero_only=seam.zero_only or zero_only) for seam in seams.values()]
+
+
+def _block_seam(graph: Graph, residual: Residual) -> list[Seam]:
+    """A block that takes x and returns x + f(x) can be masked as a whole: where(mask, output, input)."""
+    owner = graph.values[residual.sum].owner
+    if (
+        residual.kind == "identity"
+        and owner is not None
+        and owner is not graph.trace.root
+        and owner.returns_tensor
+        and owner.outputs == (residual.sum,)
+        and owner.inputs[:1] == (residual.shortcut,)
+    ):
+        return [Seam(owner, residual.sum, zero_only=True, of_block=True)]
+    return []
+
+
+def outermost_entries(graph: Graph, residual: Residual) -> list[Call]:
+    """The outermost module calls in the branch that are first to consume the fork, in order."""
+    path = graph.between(residual.fork, residual.branch)
+    around = graph.owners(residual.sum)
+    sources = {residual.fork}
+    for index in sorted(path):  # and values that bare functions of the adding module made from the fork
+        node = graph.values[index]
+        if node.owner in around and all(i in sources or not graph.values[i].is_data for i in node.inputs):
+            sources.add(index)
+    calls = {
+        call
+        for index in path
+        for call in graph.values[index].returned_by
+        if sources & set(call.inputs) and residual.fork < call.begin and call.end <= residual.sum
+    }
+    outermost = [c for c in calls if c.parent is None or not calls & set(c.parent.chain())]
+    return sorted(outermost, key=lambda c: c.begin)

@@ -1,0 +1,197 @@
+"""Recording one forward of a model as a graph of values: which function made what from what, inside which module.
+
+The forward runs for real, on tensors of any kind (`meta` and fake ones too), with a `TorchFunctionMode` around it.
+No tensor is kept: a value is known by (tensor identity, version), so that an in-place write makes a new value and a
+module that passes its input through makes none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rdp.discovery import ops
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, sets, mappings and dataclasses (model outputs), in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for attribute in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, attribute.name, None))
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of one module. Times are numbers of values made so far."""
+
+    name: str
+    ordinal: int
+    """How many calls of the same module came before it."""
+    parent: Call | None
+    begin: int
+    end: int = 1 << 60
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    returns_tensor: bool = True
+
+    def chain(self) -> Iterator[Call]:
+        """This call, the call it was made in, and so on up to the model's."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor value; its `index` is also the time at which it was made."""
+
+    index: int
+    op: str
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    is_float: bool
+    is_data: bool
+    """Does it depend on the model's inputs? Biases, position embeddings and buffers do not."""
+    owner: Call | None
+    """The innermost module call that was running when it was made."""
+    parameter: str | None = None
+    users: list[int] = field(default_factory=list)
+    returned_by: list[Call] = field(default_factory=list)
+
+
+class Trace(TorchFunctionMode):
+    """The graph of one forward.
+
+    Attributes:
+        values: Every `Value`, in order of creation.
+        calls: Every module `Call`, in order of entry; the first is the model's own.
+        count: Number of calls of each module name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
+        self.count: Counter[str] = Counter()
+        self._stack: list[Call] = []
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, value index)
+        self._written: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage owner -> value of its last in-place write
+        self._names: dict[int, str] = {}
+        for named in (model.named_parameters, model.named_buffers):
+            self._names.update({id(tensor): name for name, tensor in named(remove_duplicate=False)})
+
+    @property
+    def root(self) -> Call:
+        """The model's own call."""
+        return self.calls[0]
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+        """Trace `model(*args, **kwargs)` without gradients and return self."""
+        for tensor in tensors_in((args, kwargs)):
+            self._bind(tensor, self._new("input", (), tensor, is_data=True))
+        hooks = []
+        for name, module in self.model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+                hooks.append(module.register_forward_hook(self._leave))
+        try:
+            with torch.no_grad(), self:
+                self.model(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(name, self.count[name], self._stack[-1] if self._stack else None, begin=0)
+            call.inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, kwargs)))
+            call.begin = len(self.values)
+            self.count[name] += 1
+            self.calls.append(call)
+            self._stack.append(call)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self._stack.pop()
+        call.outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
+        call.end = len(self.values)
+        call.returns_tensor = isinstance(output, Tensor)
+        for index in dict.fromkeys(call.outputs):
+            self.values[index].returned_by.append(call)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        given = list(tensors_in((args, kwargs)))
+        inputs = [self._lookup(tensor) for tensor in given]
+        if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
+            name = "alias"  # the first addition of Python's sum([...])
+        output = func(*args, **kwargs)
+        learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
+        for tensor in [*tensors_in(output), *given]:
+            known = self._known.get(tensor)
+            if known is not None and known[0] == tensor._version:
+                continue  # passed through unwritten
+            sources = () if name in ops.FRESH else tuple(inputs)
+            index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if learned_token else None))
+            if known is not None:
+                self._written[self._storage_owner(tensor)] = index
+        return output
+
+    def _new(
+        self, op: str, inputs: tuple[int, ...], tensor: Tensor, is_data: bool | None = None, name: str | None = None
+    ) -> int:
+        if is_data is None:
+            is_data = any(self.values[i].is_data for i in inputs)
+        index = len(self.values)
+        owner = self._stack[-1] if self._stack else None
+        self.values.append(
+            Value(index, op, inputs, tuple(tensor.shape), tensor.is_floating_point(), is_data, owner, name)
+        )
+        for i in inputs:
+            self.values[i].users.append(index)
+        return index
+
+    def _bind(self, tensor: Tensor, index: int) -> int:
+        self._known[tensor] = (tensor._version, index)
+        return index
+
+    def _lookup(self, tensor: Tensor) -> int:
+        known = self._known.get(tensor)
+        if known is None:
+            return self._bind(tensor, self._new("leaf", (), tensor, is_data=False, name=self._names.get(id(tensor))))
+        version, index = known
+        if version == tensor._version:
+            return int(index)
+        written = self._written.get(self._storage_owner(tensor))  # changed through an alias
+        return self._bind(tensor, self._new("alias", (index,) if written is None else (index, written), tensor))
+
+    @staticmethod
+    def _storage_owner(tensor: Tensor) -> Tensor:
+        return tensor if tensor._base is None else tensor._base
+
+    def _source(self, index: int) -> Value:
+        value = self.values[index]
+        while value.op in ops.VIEW | ops.SLICE and value.inputs:
+            value = self.values[value.inputs[0]]
+        return value

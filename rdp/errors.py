@@ -1,0 +1,33 @@
+"""What can go wrong, as types: every exception of the library derives from `RdpError`."""
+
+
+class RdpError(Exception):
+    """Base of every exception that the library raises on purpose."""
+
+
+class ArgumentError(RdpError, ValueError):
+    """An argument has a value that cannot be used; the message names it and says what was found."""
+
+
+class AttachError(RdpError, RuntimeError):
+    """The model as it is cannot be attached to: attached already, scripted, or wrapped in DataParallel."""
+
+
+class NativeDropPathError(AttachError):
+    """The model already drops paths by itself; both mechanisms together would compound."""
+
+
+class BranchError(RdpError, RuntimeError):
+    """No residual branch was found, or one that was asked for cannot be gated soundly."""
+
+
+class ForwardError(RdpError, RuntimeError):
+    """A training forward cannot be gated: an empty batch, `vmap`, or a replica of the model."""
+
+
+class StateError(RdpError, ValueError):
+    """A state dict does not fit this handle: other branches, another mode, rate or seed."""
+
+
+class RdpWarning(UserWarning):
+    """Training goes on, but probably not as meant: an optimizer step that was not announced, a branch left out."""

@@ -1,0 +1,103 @@
+"""One training forward as the gates see it, and finding the forward that a gate belongs to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rdp.phases import Phase
+
+_REMEMBERED = 256
+"""Forwards of one step whose activations may still be recomputed; more than anyone accumulates."""
+
+
+class Forward:
+    """The phase and the masks of one training forward.
+
+    Args:
+        phase: DROP, FREEZE or PLAIN.
+        masks: Bool `Tensor[branches, rows]` on the CPU.
+        whole: In batch mode each branch's mask as a bool, so that gates can skip work without looking at a tensor.
+    """
+
+    def __init__(self, phase: Phase, masks: Tensor, whole: list[bool] | None) -> None:
+        self.phase = phase
+        self.masks = masks
+        self.whole = whole
+        self.first_node = 0
+        self.last_node: int | None = None
+        self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def keep(self, branch: int, device: torch.device) -> Tensor:
+        """The mask of a branch, bool `Tensor[rows]` on `device`; all branches are copied at the first request."""
+        if device not in self._on_device:
+            masks = self.masks
+            if device.type == "cuda":
+                masks = masks.pin_memory().to(device, non_blocking=True)
+            elif device.type != "cpu":
+                masks = masks.to(device)
+            self._on_device[device] = masks.unbind(0)
+        return self._on_device[device][branch]
+
+
+class Forwards:
+    """The forwards of the current step: the one that runs now, and those whose backward may still recompute parts.
+
+    Activation checkpointing runs modules again during backward, perhaps after the next forward has begun. The node
+    of the autograd graph that asks for the recomputation tells which forward it belongs to: nodes are numbered in
+    order of creation, so every forward owns an interval of numbers.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Forward | None] = []  # a stack; None is a forward that is not gated
+        self._past: list[Forward] = []
+        self._recomputed: Forward | None = None
+
+    def begin(self, forward: Forward | None) -> None:
+        """The model has been called."""
+        if forward is not None and not torch.compiler.is_compiling():
+            forward.first_node = _next_node()
+        self.running.append(forward)
+
+    def end(self) -> None:
+        """The model has returned, or raised."""
+        forward = self.running.pop() if self.running else None
+        if forward is not None and not torch.compiler.is_compiling():
+            forward.last_node = _next_node()
+            self._past.append(forward)
+            del self._past[:-_REMEMBERED]
+
+    def forget(self) -> None:
+        """The step is over: nothing of it will be recomputed."""
+        self._past.clear()
+        self._recomputed = None
+
+    def current(self) -> Forward | None:
+        """The forward that a gate called now belongs to; None if it is not gated, or not in a forward at all."""
+        if self.running:
+            return self.running[-1]
+        return None if torch.compiler.is_compiling() else self._recomputing()
+
+    def _recomputing(self) -> Forward | None:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number = node._sequence_nr()
+        for forward in reversed(self._past):
+            if forward.last_node is not None and forward.first_node <= number < forward.last_node:
+                self._recomputed = forward
+                return forward
+        # A node made during a recomputation (nested checkpoints): it belongs to the forward being recomputed.
+        return self._recomputed
+
+
+def in_backward() -> bool:
+    """Is an autograd graph being run backwards by this thread?"""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _next_node() -> int:
+    """The number that the next node of the autograd graph will get, give or take this one."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return int(node._sequence_nr()) if node is not None else 0

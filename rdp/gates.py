@@ -1,0 +1,112 @@
+"""What a gate does to the output of a branch: pure functions of the output and a row mask.
+
+`torch.where` and not a product: it keeps the dtype under autocast, and `0 * inf` would be nan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdp.errors import ForwardError
+
+
+def drop_rows(x: Tensor, keep: Tensor, keep_prob: float | None = None) -> Tensor:
+    """Zero the dropped rows of a branch output; they get no gradient.
+
+    Args:
+        x: Branch output, `Tensor[N, ...]`.
+        keep: Bool tensor that broadcasts to `x`, `True` for undropped rows.
+        keep_prob: Divide undropped rows by this, as timm's `drop_path(scale_by_keep=True)` does; None: do not.
+
+    Source: Algorithm 1, DROP.
+    """
+    if keep_prob is not None and keep_prob > 0:
+        # The reciprocal in the dtype of x, and a product: to the bit what timm computes.
+        x = x * x.new_ones(()).div_(keep_prob)
+    return torch.where(keep, x, 0.0)
+
+
+def freeze_rows(x: Tensor, keep: Tensor) -> Tensor:
+    """Leave a branch output as it is, but let only dropped rows have a gradient.
+
+    Args:
+        x: Branch output, `Tensor[N, ...]`.
+        keep: Bool tensor that broadcasts to `x`, `True` for undropped rows, which are frozen.
+
+    Source: Algorithm 1, FREEZE.
+    """
+    return torch.where(keep, x.detach(), x)
+
+
+def drop_block(out: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """DROP for a block `out = x + f(x)` whose branch cannot be reached: dropped rows pass `x` on.
+
+    Args:
+        out: Block output, `Tensor[N, ...]`.
+        x: Block input of the same shape.
+        keep: Bool tensor that broadcasts to both, `True` for undropped rows.
+    """
+    return torch.where(keep, out, x)
+
+
+def freeze_block(out: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """FREEZE for a block `out = x + f(x)`: the value is `out`; undropped rows have the gradient of `x` alone.
+
+    Args:
+        out: Block output, `Tensor[N, ...]`.
+        x: Block input of the same shape.
+        keep: Bool tensor that broadcasts to both, `True` for undropped rows, whose branch is frozen.
+    """
+    return torch.where(keep, out.detach() + (x - x.detach()), out)
+
+
+def broadcast_rows(keep: Tensor, x: Tensor, axis: int, name: str) -> Tensor:
+    """Shape a mask of N rows so that it broadcasts to `x`.
+
+    Args:
+        keep: Bool `Tensor[N]`.
+        x: The tensor to mask; its `axis` has N entries, or a multiple of N where tokens are folded into the batch.
+        axis: The batch axis of `x`.
+        name: Qualified module name, for the error.
+
+    Raises:
+        ForwardError: If the length of `axis` is no multiple of N.
+    """
+    rows, length = keep.shape[0], x.shape[axis]
+    if length != rows:
+        fold, rest = divmod(length, rows)
+        if rest:
+            raise ForwardError(
+                f"the output of `{name}` has shape {tuple(x.shape)}, whose axis {axis} should hold the {rows} rows of "
+                "the batch; its layout differs from the forward in which branches were found. Remove the handle and "
+                "attach again with example_inputs of the present form, or use mode='batch'"
+            )
+        keep = keep.repeat_interleave(fold)
+    shape = [1] * x.dim()
+    shape[axis] = length
+    return keep.view(shape)
+
+
+def replace_leaf(output: Any, leaf: int, new: Tensor) -> Any:
+    """`output`, with tensor number `leaf` replaced; nested tuples, lists and mappings are rebuilt around it."""
+    position = 0
+
+    def rebuild(value: Any) -> Any:
+        nonlocal position
+        if isinstance(value, Tensor):
+            position += 1
+            return new if position - 1 == leaf else value
+        if isinstance(value, Mapping):
+            items = {key: rebuild(item) for key, item in value.items()}
+            return type(value)(items) if type(value) is not dict else items
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(rebuild, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(rebuild, value))
+        return value
+
+    return rebuild(output)

@@ -1,0 +1,339 @@
+"""`attach` and the handle it returns: the one object that holds hooks, phases and masks together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rdp import setup
+from rdp.branches import Branch, Refusal, branch_table
+from rdp.errors import ForwardError, RdpWarning
+from rdp.forward import Forward, Forwards
+from rdp.hooks import BeginHook, EndHook, GateHook
+from rdp.masks import Decay, Mode
+from rdp.native import NativeDrop, find_native_drops
+from rdp.optim import MaskedOptimizer
+from rdp.options import Compute, Freeze, Native, Options, Select
+from rdp.phases import Phase, Schedule
+from rdp.progress import Progress
+
+
+def attach(
+    model: nn.Module,
+    rate: float = 0.1,
+    *,
+    mode: Mode = "row",
+    decay: Decay = "linear",
+    freeze: Freeze = "output",
+    scale_by_keep: bool = False,
+    phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
+    branches: Select = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    native: Native = "error",
+    compute: Compute = "auto",
+    seed: int = 0,
+) -> ResidualDropPath:
+    """Train `model` with Residual DropPath: find its residual branches and gate them by forward hooks.
+
+    Every residual sum computes `y = shortcut(x) + F(x)`. In a DROP step dropped branches contribute nothing; in the
+    FREEZE step after it the same branches, and only they, learn. Code, parameters, buffers and `state_dict` of the
+    model stay as they are, and in eval mode it is the plain network.
+
+    Example::
+
+        handle = rdp.attach(model, rate=0.1)
+        optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+    Args:
+        model: Any module that you call in training as `model(...)`.
+        rate: Drop probability of the deepest branch, in [0, 1). The default is the paper's.
+        mode: "row" draws a mask for every sample, "batch" one for all samples; as in
+            `torchvision.ops.StochasticDepth`.
+        decay: "linear" lets the rate grow from 0 at the first block to `rate` at the last, as timm does; "constant"
+            gives all blocks `rate`. A branch of rate 0 is not gated at all.
+        freeze: What FREEZE stops: "output" the gradient at the branch output (Algorithm 1), so that none passes
+            upstream either; "params" only the parameters (Figure 5 read literally; batch mode only).
+        scale_by_keep: Divide undropped rows by their keep probability in DROP. False, as in the paper's section 4.1;
+            True together with `phases=(Phase.DROP,)` is timm's DropPath.
+        phases: The sequence of phases that repeats, one phase an optimizer step.
+        branches: None takes all that are found. A list of names takes these, and gates modules that were not found,
+            or refused, on your word. A function of (name, module) chooses among those found.
+        example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
+            arguments. Branches are then found at once; by default they are found in the first training forward.
+        native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
+        compute: "auto" runs only the rows that a step needs, wherever that is exact; "dense" always runs all rows.
+        seed: Of the masks, which are independent of the global RNG.
+
+    Returns:
+        The handle: wrap the optimizer with it, save its `state_dict` beside the optimizer's.
+
+    Raises:
+        ArgumentError: If an argument has a value that cannot be used.
+        AttachError: If the model is attached already, scripted, or wrapped in DataParallel.
+        NativeDropPathError: If the model drops paths by itself and `native="error"`.
+        BranchError: If no branch is found (in the first training forward, without `example_inputs`).
+
+    Source: Park (2024), Algorithm 1, https://arxiv.org/abs/2411.09475
+    """
+    options = Options(
+        rate=rate,
+        mode=mode,
+        decay=decay,
+        freeze=freeze,
+        scale_by_keep=scale_by_keep,
+        phases=tuple(Schedule(phases).phases),
+        branches=branches,
+        native=native,
+        compute=compute,
+        seed=seed,
+    )
+    setup.check_model(model, options)
+    handle = ResidualDropPath(model, options)
+    if example_inputs is not None:
+        try:
+            handle.discover(example_inputs)
+        except BaseException:
+            handle.remove()
+            raise
+    return handle
+
+
+class ResidualDropPath:
+    """A model's Residual DropPath: its branches, the phase, the masks. Made by `attach`.
+
+    Printing it shows the table of branches. As a context manager it removes itself on exit.
+
+    Attributes:
+        model: The attached model.
+        options: What `attach` was asked for.
+        branches: The gated branches in forward order, and those of rate 0; empty until they have been found.
+        refused: Residual sums whose branches cannot be gated soundly, with the reasons.
+        attached: False once removed.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model = model
+        self.options = options
+        self.branches: tuple[Branch, ...] = ()
+        self.refused: tuple[Refusal, ...] = ()
+        self.attached = True
+        self._schedule = Schedule(options.phases)
+        self._progress = self._new_progress()
+        self._pending_state: dict[str, Any] | None = None
+        self._forwards = Forwards()
+        self._pauses = 0
+        self._warned_stray = self._warned_unannounced = self._warned_idle = False
+        self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
+        for drop in self._silenced:
+            drop.silence()
+        self._by_branch: list[list[nn.Parameter]] = []
+        self._probes: list[nn.Parameter] = []
+        self._versions: Hashable = None
+        self._optimizers: list[MaskedOptimizer] = []
+        self._have_stepped: list[MaskedOptimizer] = []
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(BeginHook(self), with_kwargs=True, prepend=True),
+            model.register_forward_hook(EndHook(self), always_call=True),
+        ]
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the current optimizer step."""
+        return self._progress.phase
+
+    @property
+    def step_count(self) -> int:
+        """The number of optimizer steps that have ended."""
+        return self._progress.step_count
+
+    @property
+    def masks(self) -> Tensor:
+        """The masks of the latest training forward, bool `Tensor[branches, rows]` on the CPU; `True` is undropped."""
+        return self._progress.masks
+
+    def wrap(self, optimizer: Optimizer) -> MaskedOptimizer:
+        """Wrap an optimizer so that frozen parameters do not move and each `step` goes to the next phase.
+
+        Args:
+            optimizer: Any `torch.optim.Optimizer` over the model's parameters. With several, all of them wrapped,
+                the phase ends when each has stepped.
+
+        Returns:
+            An optimizer that shares `param_groups`, `state` and `state_dict` with the wrapped one.
+
+        Raises:
+            ArgumentError: If it is no optimizer, or is wrapped already.
+        """
+        wrapped = MaskedOptimizer(optimizer, self)
+        self._optimizers.append(wrapped)
+        return wrapped
+
+    def advance(self) -> None:
+        """End the current optimizer step and go to the next phase; `MaskedOptimizer.step` does so by itself."""
+        self._progress.advance()
+        self._forwards.forget()
+        self._have_stepped.clear()
+        self._versions = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forwards are plain and do not count."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def discover(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
+        """Find the branches now, from the inputs of a forward; does nothing where they are known.
+
+        Args:
+            inputs: A tensor, a tuple of positional or a dict of keyword arguments; at most two rows are used.
+
+        Raises:
+            BranchError: If none is found, or one that was named is not there.
+        """
+        if isinstance(inputs, Mapping):
+            self._discover((), inputs)
+        else:
+            self._discover(inputs if isinstance(inputs, tuple) else (inputs,), {})
+
+    def remove(self) -> None:
+        """Take everything out of the model again; it is exactly as before `attach`. May be called twice."""
+        for hook in self._hooks:
+            hook.remove()
+        for drop in self._silenced:
+            drop.restore()
+        self._hooks, self._silenced, self.attached = [], [], False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, seed and masks, as tensors and plain numbers: `torch.load(..., weights_only=True)` reads it."""
+        return self._pending_state if self._pending_state is not None else self._progress.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved; before the branches are found it is kept until then.
+
+        Raises:
+            StateError: If the state is of a handle with other branches, rates, phases or another mode.
+        """
+        if self.branches:
+            self._progress.load_state_dict(state)
+            self._forwards.forget()
+            self._versions = None
+        else:
+            self._pending_state = self._progress.check(state)
+
+    def __enter__(self) -> ResidualDropPath:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = f"step {self.step_count}, phase {self.phase.name}" if self.attached else "removed"
+        head = f"ResidualDropPath({type(self.model).__name__}, rate={self.options.rate}, mode={self.options.mode!r}): "
+        if not self.branches:
+            return f"{head}{state}; branches will be found in the first training forward"
+        return f"{head}{state}\n{branch_table(self.branches, self.refused)}"
+
+    def _new_progress(self) -> Progress:
+        options = self.options
+        # With frozen parameters instead of frozen outputs all micro-batches must agree on what is frozen.
+        one_draw = options.freeze == "params"
+        return Progress(self._schedule, self.branches, seed=options.seed, mode=options.mode, one_draw=one_draw)
+
+    def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.branches:
+            return
+        with self.paused():
+            self.branches, self.refused = setup.choose_branches(self.model, self.options, args, kwargs)
+        steps, state = self._progress.step_count, self._pending_state
+        self._progress, self._pending_state = self._new_progress(), None
+        self._progress.step_count = steps
+        if state is not None:
+            self.load_state_dict(state)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._by_branch = [[parameters[name] for name in branch.parameters] for branch in self.branches]
+        inside = {id(p) for group in self._by_branch for p in group}
+        outside = [p for p in parameters.values() if p.requires_grad and id(p) not in inside]
+        self._probes = (outside[:4] + outside[-4:]) or list(parameters.values())[:8]
+        for index, branch in enumerate(self.branches):
+            keep_prob = 1 - branch.rate if self.options.scale_by_keep else None
+            for point in branch.gates if branch.rate > 0 else ():
+                hook = GateHook(self, index, point, keep_prob)
+                self._hooks.append(self.model.get_submodule(point.module).register_forward_hook(hook))
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if module is not self.model:
+            raise ForwardError(
+                f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
+                "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
+            )
+        if self._pauses or not module.training or not torch.is_grad_enabled():
+            self._forwards.begin(None)
+            return
+        try:
+            rows = setup.check_inputs(args, kwargs)
+            if not self.branches:
+                self._discover(args, kwargs)
+        except BaseException:
+            self._forwards.begin(None)  # EndHook is called even so
+            raise
+        self._warn_if_unannounced()
+        rank, ranks = setup.rank_and_ranks()
+        masks = self._progress.begin_forward(rows, rank, ranks, gradients=self._gradient_state())
+        whole = masks[:, 0].tolist() if self.options.mode == "batch" else None
+        self._forwards.begin(Forward(self.phase, masks, whole))
+
+    def _end_forward(self, output: Any) -> Any:
+        self._forwards.end()
+
+    def _frozen_parameters(self) -> set[int]:
+        """The ids of the parameters that must not move in this step."""
+        live = self._progress.live().tolist()
+        moving = {id(p) for alive, group in zip(live, self._by_branch, strict=True) if alive for p in group}
+        return {id(p) for group in self._by_branch for p in group} - moving
+
+    def _restart_step(self, only_finished: bool = False) -> None:
+        """Forget the forwards of this step, or those of them whose gradients exist already."""
+        self._progress.forget_forwards(self._gradient_state() if only_finished else None)
+
+    def _stepped(self, optimizer: MaskedOptimizer) -> None:
+        """An optimizer has stepped; the step ends when all have."""
+        if not self._progress.forwards and self.attached and not self._warned_idle:
+            self._warned_idle = True
+            warnings.warn(
+                "the optimizer stepped, but no gated training forward of the attached model came before it: Residual "
+                "DropPath had no part in this step. Is the model in eval mode, or was only a part of it called?",
+                RdpWarning,
+                stacklevel=3,
+            )
+        self._have_stepped.append(optimizer)
+        waiting = [o for o in self._optimizers if o not in self._have_stepped]
+        if not waiting or self._have_stepped.count(optimizer) > 1:
+            self.advance()
+
+    def _gradient_state(self) -> Hashable:
+        return tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in self._probes)
+
+    def _warn_if_unannounced(self) -> None:
+        versions = tuple(p._version for p in self._probes)
+        moved = self._versions is not None and versions != self._versions
+        self._versions = versions
+        if moved and not self._have_stepped and not self._warned_unannounced:
+            self._warned_unannounced = True
+            warnings.warn(
+                f"parameters have changed since the last training forward, but the phase is still {self.phase.name}: "
+                "no step was announced, so DROP and FREEZE do not alternate. Step the optimizer that handle.wrap(...) "
+                "returned, or call handle.advance() after each step",
+                RdpWarning,
+                stacklevel=4,
+            )

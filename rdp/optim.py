@@ -1,0 +1,153 @@
+"""An optimizer that leaves frozen parameters alone and tells the handle when a step is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from rdp.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rdp.handle import ResidualDropPath
+
+_OWN = frozenset({"optimizer", "handle"})
+
+
+class MaskedOptimizer(Optimizer):
+    """Any `torch.optim` optimizer, in which frozen parameters do not move.
+
+    A parameter that no row reached the loss through is *frozen* for that step: the parameter and its optimizer state
+    stay bit-identical, which a gradient of zero does not achieve (momentum and weight decay move it). During `step`
+    its gradient is hidden; after it the handle goes to the next phase.
+
+    Everything else is the wrapped optimizer: `param_groups`, `state`, `defaults`, `state_dict` and all other
+    attributes, so checkpoints interchange with those of a plain run.
+
+    Args:
+        optimizer: The optimizer to wrap.
+        handle: Of the attached model.
+
+    Raises:
+        ArgumentError: If `optimizer` is no `torch.optim.Optimizer`, or is wrapped already.
+    """
+
+    def __init__(self, optimizer: Optimizer, handle: ResidualDropPath) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ArgumentError(f"wrap needs a torch.optim.Optimizer; got {type(optimizer).__name__}")
+        if isinstance(optimizer, MaskedOptimizer):
+            raise ArgumentError("this optimizer is wrapped already; wrap the plain one, once")
+        # Optimizer.__init__ is not called: it would make groups and state of its own.
+        self.optimizer = optimizer
+        self.handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN or (name.startswith("__") and name.endswith("__")) or name == "_step_supports_amp_scaling":
+            # Without that last attribute GradScaler unscales and checks for inf itself and calls `step` only when
+            # there is none; with it, fused optimizers would be stepped, and the phase advanced, regardless.
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Schedulers and samplers patch `step` on the instance; that must stay here, or frozen parameters would move.
+        if name in _OWN or name == "step" or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __repr__(self) -> str:
+        return f"MaskedOptimizer({self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "handle": self.handle}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in _OWN:
+            object.__setattr__(self, name, state[name])
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Step the wrapped optimizer on the parameters that are not frozen, then go to the next phase.
+
+        Args:
+            closure: As in `torch.optim`; each call replays the masks of the step from its first forward on.
+            kwargs: Passed on.
+
+        Returns:
+            What the wrapped optimizer returns.
+        """
+        hidden: list[tuple[Tensor, Tensor | None]] = []
+        # LBFGS moves all parameters along one direction, whether they have a gradient or not.
+        before = [(p, p.detach().clone()) for p in self._parameters()] if isinstance(self.optimizer, LBFGS) else []
+
+        def evaluate() -> Any:
+            _show(hidden)
+            self.handle._restart_step()
+            assert closure is not None
+            loss = closure()
+            hidden.extend(self._hide())
+            return loss
+
+        if closure is None:
+            hidden.extend(self._hide())
+        try:
+            result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(evaluate, **kwargs)  # type: ignore[arg-type]
+        finally:
+            frozen = {id(p) for p, _ in hidden}
+            _show(hidden)
+        with torch.no_grad():
+            for parameter, old in before:
+                if id(parameter) in frozen:
+                    parameter.copy_(old)
+        self.handle._stepped(self)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; forwards whose gradients are thrown away no longer count for the step."""
+        self.handle._restart_step(only_finished=True)
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the wrapped optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a wrapped or of a plain optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _hide(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Set the gradients of frozen parameters to None and return them."""
+        frozen = self.handle._frozen_parameters()
+        hidden = [(p, p.grad) for p in self._parameters() if id(p) in frozen]
+        for parameter, _ in hidden:
+            parameter.grad = None
+        return hidden
+
+
+def _show(hidden: list[tuple[Tensor, Tensor | None]]) -> None:
+    """Put hidden gradients back."""
+    for parameter, gradient in hidden:
+        parameter.grad = gradient
+    hidden.clear()
+
+
+def _delegated(name: str) -> Any:
+    def method(self: MaskedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    return method
+
+
+# Hooks belong to the wrapped optimizer, whose methods call them.
+for _name in dir(Optimizer):
+    if _name.startswith("register_"):
+        setattr(MaskedOptimizer, _name, _delegated(_name))

@@ -1,0 +1,73 @@
+"""The arguments of `attach`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from rdp.errors import ArgumentError
+from rdp.masks import Decay, Mode
+from rdp.phases import Phase, Schedule
+
+Freeze = Literal["output", "params"]
+Native = Literal["error", "off"]
+Compute = Literal["auto", "dense"]
+Select = Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+_CHOICES = {"mode": Mode, "decay": Decay, "freeze": Freeze, "native": Native, "compute": Compute}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `attach` was asked for; see there for the meaning.
+
+    Raises:
+        ArgumentError: At the first value that cannot be used.
+    """
+
+    rate: float
+    mode: Mode
+    decay: Decay
+    freeze: Freeze
+    scale_by_keep: bool
+    phases: tuple[Phase, ...]
+    branches: Select
+    native: Native
+    compute: Compute
+    seed: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
+            raise ArgumentError(f"rate must be a number in [0, 1), the probability of dropping; got {self.rate!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ArgumentError(f"seed must be an int in [0, 2**64); got {self.seed!r}")
+        if not isinstance(self.scale_by_keep, bool):
+            raise ArgumentError(f"scale_by_keep must be True or False; got {self.scale_by_keep!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                allowed = " or ".join(map(repr, get_args(choices)))
+                raise ArgumentError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
+        Schedule(self.phases)
+        if self.freeze == "params" and self.mode == "row":
+            raise ArgumentError(
+                "freeze='params' needs mode='batch': with one mask a row, some rows of a batch freeze a parameter "
+                "while others train it. Use mode='batch', or freeze='output'"
+            )
+        if isinstance(self.branches, str):
+            raise ArgumentError(f"branches must be a list of names, not one string; write [{self.branches!r}]")
+        if not (self.branches is None or callable(self.branches) or _is_names(self.branches)):
+            raise ArgumentError(
+                f"branches must be None, names of modules, or a function of (name, module); got {self.branches!r}"
+            )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names in `branches`, if it is a list of names."""
+        return () if self.branches is None or callable(self.branches) else tuple(self.branches)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)

@@ -1,0 +1,58 @@
+"""Which phase an optimizer step belongs to: pure arithmetic on the number of steps taken."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from rdp.errors import ArgumentError
+
+
+class Phase(enum.Enum):
+    """What a step does with the branches.
+
+    Source: Algorithm 1 of Park (2024), https://arxiv.org/abs/2411.09475
+    """
+
+    DROP = "drop"
+    """`y = shortcut(x) + m * F(x)` with freshly drawn masks `m`."""
+    FREEZE = "freeze"
+    """`y = shortcut(x) + m * stop_gradient(F(x)) + (1 - m) * F(x)` with the masks of the latest DROP step."""
+    PLAIN = "plain"
+    """`y = shortcut(x) + F(x)`; everything learns."""
+
+
+class Schedule:
+    """A sequence of phases that repeats for ever.
+
+    Args:
+        phases: At least one `Phase`. FREEZE replays the latest DROP, so the first FREEZE must come after a DROP.
+
+    Raises:
+        ArgumentError: If `phases` is empty, holds something else, or has FREEZE before any DROP.
+    """
+
+    def __init__(self, phases: Iterable[Phase]) -> None:
+        if isinstance(phases, (Phase, str)) or not isinstance(phases, Iterable):
+            raise ArgumentError(f"phases must be a sequence of rdp.Phase, such as (rdp.Phase.DROP,); got {phases!r}")
+        self.phases = tuple(phases)
+        if not self.phases:
+            raise ArgumentError("phases is empty; the paper's sequence is (rdp.Phase.DROP, rdp.Phase.FREEZE)")
+        for phase in self.phases:
+            if not isinstance(phase, Phase):
+                raise ArgumentError(f"phases must hold rdp.Phase members; got {phase!r}")
+        if Phase.FREEZE in self.phases and Phase.DROP not in self.phases[: self.phases.index(Phase.FREEZE)]:
+            raise ArgumentError(
+                f"phases {[p.name for p in self.phases]} has FREEZE before any DROP; "
+                "FREEZE replays the masks of the latest DROP, so put a DROP first"
+            )
+
+    def phase(self, step: int) -> Phase:
+        """The phase of optimizer step number `step`, counted from 0."""
+        return self.phases[step % len(self.phases)]
+
+    def cycle(self, step: int) -> int:
+        """The number of DROP steps before the one whose masks hold at `step`; 0 before the first DROP."""
+        rounds, offset = divmod(step, len(self.phases))
+        drops = rounds * self.phases.count(Phase.DROP) + self.phases[: offset + 1].count(Phase.DROP)
+        return max(drops - 1, 0)
