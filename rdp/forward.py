@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from rdp.phases import Phase
 
@@ -79,7 +80,7 @@ class Forwards:
         return None if torch.compiler.is_compiling() else self._recomputing()
 
     def _recomputing(self) -> Forward | None:
-        node = torch._C._current_autograd_node()
+        node: Node | None = torch._C._current_autograd_node()
         if node is None:
             return None
         number = node._sequence_nr()

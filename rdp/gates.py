@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -101,12 +103,14 @@ def replace_leaf(output: Any, leaf: int, new: Tensor) -> Any:
             position += 1
             return new if position - 1 == leaf else value
         if isinstance(value, Mapping):
-            items = {key: rebuild(item) for key, item in value.items()}
-            return type(value)(items) if type(value) is not dict else items
+            kind: Callable[[dict[Any, Any]], Any] = type(value)
+            return kind({key: rebuild(item) for key, item in value.items()})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(rebuild, value))
         if isinstance(value, (list, tuple)):
             return type(value)(map(rebuild, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.replace(value, **{f.name: rebuild(getattr(value, f.name)) for f in fields(value)})
         return value
 
     return rebuild(output)

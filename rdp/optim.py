@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from rdp.errors import ArgumentError
 
@@ -68,7 +68,7 @@ class MaskedOptimizer(Optimizer):
         for name in _OWN:
             object.__setattr__(self, name, state[name])
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the wrapped optimizer on the parameters that are not frozen, then go to the next phase.
 
         Args:
@@ -93,7 +93,8 @@ class MaskedOptimizer(Optimizer):
         if closure is None:
             hidden.extend(self._hide())
         try:
-            result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(evaluate, **kwargs)  # type: ignore[arg-type]
+            _complete_momentum(self.optimizer)
+            result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(evaluate, **kwargs)
         finally:
             frozen = {id(p) for p, _ in hidden}
             _show(hidden)
@@ -138,6 +139,23 @@ def _show(hidden: list[tuple[Tensor, Tensor | None]]) -> None:
     for parameter, gradient in hidden:
         parameter.grad = gradient
     hidden.clear()
+
+
+def _complete_momentum(optimizer: Optimizer) -> None:
+    """Give late comers a momentum buffer of zeros.
+
+    Fused SGD allocates buffers only when no parameter has one, and fails on a parameter that gets its first gradient
+    after the others, as one does whose branch was frozen in the first step.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"]:
+            states = [(p, optimizer.state[p]) for p in group["params"] if p.grad is not None]
+            lacking = [(p, state) for p, state in states if state.get("momentum_buffer") is None]
+            if len(lacking) < len(states):
+                for parameter, state in lacking:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _delegated(name: str) -> Any:

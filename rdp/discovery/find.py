@@ -13,7 +13,7 @@ from rdp.branches import Branch, GatePoint, Kind, Refusal
 from rdp.discovery import forwards
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
-from rdp.discovery.seams import Seam, find_seams
+from rdp.discovery.seams import Seam, find_seams, parameters_after
 from rdp.discovery.trace import Call, Trace
 
 _INNER_SHARE = 0.5
@@ -131,9 +131,13 @@ def _candidates(graph: Graph, residuals: list[Residual]) -> list[_Candidate]:
 def _unsound(graph: Graph, residual: Residual, seams: list[Seam]) -> str | None:
     if not seams:
         return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
+    if any(seam.of_block for seam in seams):
+        return None
+    late = parameters_after(graph, residual, residual.branch, seams)
+    if late:
+        ends = ", ".join(f"`{seam.call.name}`" for seam in seams)
+        return f"{sorted(late)} are applied after {ends}, outside of any module; FREEZE could not keep them still"
     for seam in seams:
-        if seam.of_block:
-            continue
         if graph.reaches_output([seam.value], around=residual.sum):
             return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
         if graph.reaches_output(graph.between(residual.fork, seam.value), around=residual.sum):

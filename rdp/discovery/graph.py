@@ -19,6 +19,7 @@ class Graph:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.values: list[Value] = trace.values
+        self.trainable = {name for name, _ in trace.model.named_parameters(remove_duplicate=False)}
 
     def ancestors(self, value: int, since: int, without: Collection[str] = ()) -> set[int]:
         """The data-dependent values made at or after `since` that `value` was made from, and itself.

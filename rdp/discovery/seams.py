@@ -30,7 +30,16 @@ class Seam:
 def find_seams(graph: Graph, residual: Residual) -> list[Seam]:
     """The seams that together mask the branch of `residual`; empty where there is none."""
     path = graph.between(residual.fork, residual.branch)
-    return _seams(graph, residual.branch, residual, path) or _block_seam(graph, residual)
+    seams = _seams(graph, residual.branch, residual, path)
+    if not seams or parameters_after(graph, residual, residual.branch, seams):
+        return _block_seam(graph, residual) or seams
+    return seams
+
+
+def parameters_after(graph: Graph, residual: Residual, value: int, seams: list[Seam]) -> set[str]:
+    """Parameters applied between the seams and `value`: FREEZE could not keep undropped rows from training them."""
+    before = set().union(*(graph.between(residual.fork, seam.value) for seam in seams))
+    return graph.parameters(graph.between(residual.fork, value) - before) & graph.trainable
 
 
 def _seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
@@ -47,9 +56,15 @@ def _seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list
     if best is not None and called_once(best):
         return [Seam(best, value)]
     earlier = _earlier_seams(graph, value, residual, path)
-    if earlier and (best is None or all(called_once(seam.call) for seam in earlier)):
+    if best is None:
         return earlier
-    return [Seam(best, value)] if best is not None else []
+    if (
+        earlier
+        and all(called_once(seam.call) for seam in earlier)
+        and not parameters_after(graph, residual, value, earlier)
+    ):
+        return earlier
+    return [Seam(best, value)]
 
 
 def _earlier_seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,8 +92,10 @@ class Trace(TorchFunctionMode):
         self.calls: list[Call] = []
         self.count: Counter[str] = Counter()
         self._stack: list[Call] = []
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, value index)
-        self._written: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage owner -> value of its last in-place write
+        self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
+        self._written: MutableMapping[Tensor, int] = (
+            WeakIdKeyDictionary()
+        )  # storage owner -> value of its last in-place write
         self._names: dict[int, str] = {}
         for named in (model.named_parameters, model.named_buffers):
             self._names.update({id(tensor): name for name, tensor in named(remove_duplicate=False)})
@@ -182,7 +184,7 @@ class Trace(TorchFunctionMode):
             return self._bind(tensor, self._new("leaf", (), tensor, is_data=False, name=self._names.get(id(tensor))))
         version, index = known
         if version == tensor._version:
-            return int(index)
+            return index
         written = self._written.get(self._storage_owner(tensor))  # changed through an alias
         return self._bind(tensor, self._new("alias", (index,) if written is None else (index, written), tensor))
 
