@@ -38,7 +38,8 @@ class Branch:
         block: Qualified name of the module whose forward adds the branch to the shortcut; "" is the model itself.
         kind: "identity" (`x + f(x)`), "parallel" (`x + f(x) + g(x)`), "projection" (`downsample(x) + f(x)`), or
             "named" for a module that `branches=` named and whose sum was not recognised.
-        parameters: Names of the parameters that reach the loss only through this branch or others that list them.
+        parameters: Names of the parameters that reach the loss through this branch and no ungated way; one that
+            several branches use is listed by each.
         sums: Number of residual sums that it feeds in one forward: above 1 where modules share their weights.
         depth: Position of its block among the model's blocks; branches of one block share a drop rate.
         rate: Drop probability; 0 means that the branch is not gated at all.

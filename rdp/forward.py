@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from rdp.phases import Phase
+from rdp.rows import Split
 
 _REMEMBERED = 256
 """Forwards of one step whose activations may still be recomputed; more than anyone accumulates."""
@@ -27,18 +28,33 @@ class Forward:
         self.whole = whole
         self.first_node = 0
         self.last_node: int | None = None
-        self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._on_device: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}
+        self._kept: list[int] = []
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the batch."""
+        return self.masks.shape[1]
 
     def keep(self, branch: int, device: torch.device) -> Tensor:
         """The mask of a branch, bool `Tensor[rows]` on `device`; all branches are copied at the first request."""
-        if device not in self._on_device:
-            masks = self.masks
-            if device.type == "cuda":
-                masks = masks.pin_memory().to(device, non_blocking=True)
-            elif device.type != "cpu":
-                masks = masks.to(device)
-            self._on_device[device] = masks.unbind(0)
-        return self._on_device[device][branch]
+        if ("masks", device) not in self._on_device:
+            self._on_device["masks", device] = _sent(self.masks, device).unbind(0)
+        return self._on_device["masks", device][branch]
+
+    def kept(self, branch: int) -> int:
+        """How many rows of a branch are undropped."""
+        if not self._kept:
+            self._kept = self.masks.sum(1).tolist()
+        return self._kept[branch]
+
+    def split(self, branch: int, device: torch.device) -> Split:
+        """The undropped and the dropped rows of a branch, on `device`; all branches are copied at the first request."""
+        if ("rows", device) not in self._on_device:
+            order = torch.argsort(self.masks.to(torch.int8), dim=1, descending=True, stable=True)
+            self._on_device["rows", device] = _sent(order, device).unbind(0)
+        order, kept = self._on_device["rows", device][branch], self.kept(branch)
+        return Split(order[:kept], order[kept:])
 
 
 class Forwards:
@@ -56,17 +72,18 @@ class Forwards:
 
     def begin(self, forward: Forward | None) -> None:
         """The model has been called."""
-        if forward is not None and not torch.compiler.is_compiling():
+        if forward is not None and forward.last_node is None and not torch.compiler.is_compiling():
             forward.first_node = _next_node()
         self.running.append(forward)
 
-    def end(self) -> None:
-        """The model has returned, or raised."""
+    def end(self) -> Forward | None:
+        """The model has returned, or raised; returns the forward that this ends."""
         forward = self.running.pop() if self.running else None
-        if forward is not None and not torch.compiler.is_compiling():
+        if forward is not None and forward.last_node is None and not torch.compiler.is_compiling():
             forward.last_node = _next_node()
             self._past.append(forward)
             del self._past[:-_REMEMBERED]
+        return forward
 
     def forget(self) -> None:
         """The step is over: nothing of it will be recomputed."""
@@ -77,9 +94,10 @@ class Forwards:
         """The forward that a gate called now belongs to; None if it is not gated, or not in a forward at all."""
         if self.running:
             return self.running[-1]
-        return None if torch.compiler.is_compiling() else self._recomputing()
+        return None if torch.compiler.is_compiling() else self.recomputed()
 
-    def _recomputing(self) -> Forward | None:
+    def recomputed(self) -> Forward | None:
+        """The forward of which the running backward recomputes a part; None outside of a backward."""
         node: Node | None = torch._C._current_autograd_node()
         if node is None:
             return None
@@ -90,6 +108,11 @@ class Forwards:
                 return forward
         # A node made during a recomputation (nested checkpoints): it belongs to the forward being recomputed.
         return self._recomputed
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, which the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def in_backward() -> bool:

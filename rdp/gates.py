@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,10 +26,12 @@ def drop_rows(x: Tensor, keep: Tensor, keep_prob: float | None = None) -> Tensor
 
     Source: Algorithm 1, DROP.
     """
-    if keep_prob is not None and keep_prob > 0:
-        # The reciprocal in the dtype of x, and a product: to the bit what timm computes.
-        x = x * x.new_ones(()).div_(keep_prob)
-    return torch.where(keep, x, 0.0)
+    return torch.where(keep, x if keep_prob is None else rescale(x, keep_prob), 0.0)
+
+
+def rescale(x: Tensor, keep_prob: float) -> Tensor:
+    """`x / keep_prob`, to the bit as timm computes it: the reciprocal in the dtype of `x`, and a product."""
+    return x * x.new_ones(()).div_(keep_prob)
 
 
 def freeze_rows(x: Tensor, keep: Tensor) -> Tensor:
@@ -91,6 +93,30 @@ def broadcast_rows(keep: Tensor, x: Tensor, axis: int, name: str) -> Tensor:
     shape = [1] * x.dim()
     shape[axis] = length
     return keep.view(shape)
+
+
+class _Link(torch.autograd.Function):
+    """The identity, through which further tensors get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = others  # only their shapes are used, so a later in-place write to them is no error
+        return x.clone()  # an output that is its input would be a view, which forbids in-place operations
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], *(torch.zeros_like(other) for other in ctx.others)
+
+
+def link(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """`x`, in whose graph `others` take part with a gradient of zero.
+
+    Args:
+        x: Any tensor; pass a small one, since it is copied.
+        others: Parameters that would otherwise be missing from the graph.
+    """
+    linked: Tensor = _Link.apply(x, *others)
+    return linked
 
 
 def replace_leaf(output: Any, leaf: int, new: Tensor) -> Any:

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rdp import setup
+from rdp import gates, setup
 from rdp.branches import Branch, Refusal, branch_table
+from rdp.discovery.program import Program
+from rdp.discovery.trace import tensors_in
 from rdp.errors import ForwardError, RdpWarning
-from rdp.forward import Forward, Forwards
-from rdp.hooks import BeginHook, EndHook, GateHook
+from rdp.forward import Forward, Forwards, in_backward
+from rdp.hooks import BeginHook, EndHook, EntryHook, GateHook, SideHook
 from rdp.masks import Decay, Mode
 from rdp.native import NativeDrop, find_native_drops
 from rdp.optim import MaskedOptimizer
 from rdp.options import Compute, Freeze, Native, Options, Select
 from rdp.phases import Phase, Schedule
 from rdp.progress import Progress
+from rdp.rows import BranchOnRows
 
 
 def attach(
@@ -137,6 +140,7 @@ class ResidualDropPath:
         self._by_branch: list[list[nn.Parameter]] = []
         self._probes: list[nn.Parameter] = []
         self._versions: Hashable = None
+        self._ranks = 1
         self._optimizers: list[MaskedOptimizer] = []
         self._have_stepped: list[MaskedOptimizer] = []
         self._hooks: list[RemovableHandle] = [
@@ -229,7 +233,8 @@ class ResidualDropPath:
             self._forwards.forget()
             self._versions = None
         else:
-            self._pending_state = self._progress.check(state)
+            self._progress.step_count = int(self._progress.check(state)["step_count"])
+            self._pending_state = state
 
     def __enter__(self) -> ResidualDropPath:
         return self
@@ -244,32 +249,46 @@ class ResidualDropPath:
             return f"{head}{state}; branches will be found in the first training forward"
         return f"{head}{state}\n{branch_table(self.branches, self.refused)}"
 
-    def _new_progress(self) -> Progress:
+    def _new_progress(self, branches: tuple[Branch, ...] = ()) -> Progress:
         options = self.options
         # With frozen parameters instead of frozen outputs all micro-batches must agree on what is frozen.
         one_draw = options.freeze == "params"
-        return Progress(self._schedule, self.branches, seed=options.seed, mode=options.mode, one_draw=one_draw)
+        return Progress(self._schedule, branches, seed=options.seed, mode=options.mode, one_draw=one_draw)
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
         with self.paused():
-            self.branches, self.refused = setup.choose_branches(self.model, self.options, args, kwargs)
-        steps, state = self._progress.step_count, self._pending_state
-        self._progress, self._pending_state = self._new_progress(), None
-        self._progress.step_count = steps
-        if state is not None:
-            self.load_state_dict(state)
+            branches, refused, programs = setup.choose_branches(self.model, self.options, args, kwargs)
+        progress = self._new_progress(branches)
+        progress.step_count = self._progress.step_count
+        if self._pending_state is not None:
+            progress.load_state_dict(self._pending_state)
+        self.branches, self.refused = branches, refused
+        self._progress, self._pending_state = progress, None
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._by_branch = [[parameters[name] for name in branch.parameters] for branch in self.branches]
         inside = {id(p) for group in self._by_branch for p in group}
         outside = [p for p in parameters.values() if p.requires_grad and id(p) not in inside]
         self._probes = (outside[:4] + outside[-4:]) or list(parameters.values())[:8]
         for index, branch in enumerate(self.branches):
-            keep_prob = 1 - branch.rate if self.options.scale_by_keep else None
-            for point in branch.gates if branch.rate > 0 else ():
-                hook = GateHook(self, index, point, keep_prob)
-                self._hooks.append(self.model.get_submodule(point.module).register_forward_hook(hook))
+            if branch.rate > 0:
+                self._hook_branch(index, branch, programs.get(branch.name))
+
+    def _hook_branch(self, index: int, branch: Branch, program: Program | None) -> None:
+        keep_prob = 1 - branch.rate if self.options.scale_by_keep else None
+        on_rows = BranchOnRows(self.model, program) if program is not None else None
+        if program is not None and on_rows is not None:
+            entry = self.model.get_submodule(program.entry)
+            self._hooks.append(
+                entry.register_forward_pre_hook(EntryHook(self, index, on_rows), with_kwargs=True, prepend=True)
+            )
+            for name in program.side_entries:
+                hook = SideHook(self, name, on_rows)
+                self._hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        for point in branch.gates:
+            gate = GateHook(self, index, point, keep_prob, on_rows)
+            self._hooks.append(self.model.get_submodule(point.module).register_forward_hook(gate))
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module is not self.model:
@@ -280,6 +299,9 @@ class ResidualDropPath:
         if self._pauses or not module.training or not torch.is_grad_enabled():
             self._forwards.begin(None)
             return
+        if in_backward():
+            self._forwards.begin(self._recomputed_forward())
+            return
         try:
             rows = setup.check_inputs(args, kwargs)
             if not self.branches:
@@ -288,13 +310,34 @@ class ResidualDropPath:
             self._forwards.begin(None)  # EndHook is called even so
             raise
         self._warn_if_unannounced()
-        rank, ranks = setup.rank_and_ranks()
-        masks = self._progress.begin_forward(rows, rank, ranks, gradients=self._gradient_state())
+        rank, self._ranks = setup.rank_and_ranks()
+        masks = self._progress.begin_forward(rows, rank, self._ranks, gradients=self._gradient_state())
         whole = masks[:, 0].tolist() if self.options.mode == "batch" else None
         self._forwards.begin(Forward(self.phase, masks, whole))
 
+    def _recomputed_forward(self) -> Forward:
+        forward = self._forwards.recomputed()
+        if forward is None:
+            self._forwards.begin(None)  # EndHook is called even so
+            raise ForwardError(
+                "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward runs "
+                "without gradients and was taken for a plain one. Pass use_reentrant=False, or checkpoint its blocks"
+            )
+        return forward
+
     def _end_forward(self, output: Any) -> Any:
-        self._forwards.end()
+        forward = self._forwards.end()
+        if forward is None or not torch.is_grad_enabled():
+            return None
+        tensors = list(tensors_in(output))
+        leaf = next((i for i, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
+        if leaf is None or (self._ranks == 1 and any(tensor.requires_grad for tensor in tensors)):
+            return None
+        # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits for
+        # the gradients of branches that are out of the graph on this rank.
+        parameters = [p for group in self._by_branch for p in group if p.requires_grad]
+        linked = gates.link(tensors[leaf], parameters)
+        return linked if isinstance(output, Tensor) else gates.replace_leaf(output, leaf, linked)
 
     def _frozen_parameters(self) -> set[int]:
         """The ids of the parameters that must not move in this step."""

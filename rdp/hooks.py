@@ -19,6 +19,7 @@ from rdp.discovery.trace import tensors_in
 from rdp.errors import RdpWarning
 from rdp.forward import Forward, in_backward
 from rdp.phases import Phase
+from rdp.rows import BranchOnRows
 
 if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
@@ -61,6 +62,55 @@ class EndHook(Hook):
         return self.handle._end_forward(output)
 
 
+class EntryHook(Hook):
+    """Forward pre-hook of the first module of a branch that runs on some of the rows.
+
+    Args:
+        handle: Owner of the state.
+        branch: Index of the branch.
+        on_rows: The branch.
+    """
+
+    def __init__(self, handle: ResidualDropPath, branch: int, on_rows: BranchOnRows) -> None:
+        super().__init__(handle)
+        self.branch = branch
+        self.on_rows = on_rows
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Cut the arguments to undropped rows, if there are such and others."""
+        if self.on_rows.replaying:
+            return None
+        self.on_rows.forget()
+        forward = self.handle._forwards.current()
+        if forward is None or forward.phase is Phase.PLAIN or torch.compiler.is_compiling():
+            return None
+        if not 0 < forward.kept(self.branch) < forward.rows:
+            return None
+        device = next(tensors_in((args, kwargs))).device
+        return self.on_rows.enter(args, kwargs, forward.split(self.branch, device))
+
+
+class SideHook(Hook):
+    """Forward pre-hook of a later module of such a branch, one that takes tensors from outside of it.
+
+    Args:
+        handle: Owner of the state.
+        name: Qualified name of the module.
+        on_rows: The branch.
+    """
+
+    def __init__(self, handle: ResidualDropPath, name: str, on_rows: BranchOnRows) -> None:
+        super().__init__(handle)
+        self.name = name
+        self.on_rows = on_rows
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Cut the arguments from outside to the rows that the branch was entered with."""
+        if self.on_rows.replaying or not self.on_rows.passing:
+            return None
+        return self.on_rows.sideways(self.name, args, kwargs)
+
+
 class GateHook(Hook):
     """Forward hook of a module that ends a branch.
 
@@ -69,16 +119,27 @@ class GateHook(Hook):
         branch: Index of the branch.
         point: Which output tensor is masked, and along which axis.
         keep_prob: With `scale_by_keep`, what undropped rows are divided by in DROP.
+        on_rows: The branch, if it runs on some of the rows.
     """
 
-    def __init__(self, handle: ResidualDropPath, branch: int, point: GatePoint, keep_prob: float | None) -> None:
+    def __init__(
+        self,
+        handle: ResidualDropPath,
+        branch: int,
+        point: GatePoint,
+        keep_prob: float | None,
+        on_rows: BranchOnRows | None = None,
+    ) -> None:
         super().__init__(handle)
         self.branch = branch
         self.point = point
         self.keep_prob = keep_prob
+        self.on_rows = on_rows
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Mask the output; None leaves it as it is."""
+        if self.on_rows is not None and self.on_rows.replaying:
+            return None
         forward = self.handle._forwards.current()
         if forward is None:
             self._warn_if_stray(module)
@@ -87,7 +148,12 @@ class GateHook(Hook):
             return None
         x = output if isinstance(output, Tensor) else list(tensors_in(output))[self.point.leaf]
         source = next(tensors_in(args)) if self.point.of_block else None
-        gated = self._gate_whole(forward, x, source) if forward.whole else self._gate_rows(forward, x, source)
+        if self.on_rows is not None and not torch.compiler.is_compiling():
+            gated = self._gate_some_rows(forward, x, self.on_rows)
+        elif forward.whole is not None and not torch.compiler.is_compiling():
+            gated = self._gate_whole(x, source, forward.phase, keep=forward.whole[self.branch])
+        else:
+            gated = self._gate_rows(forward, x, source)
         if gated is x:
             return None
         return gated if isinstance(output, Tensor) else gates.replace_leaf(output, self.point.leaf, gated)
@@ -102,14 +168,20 @@ class GateHook(Hook):
             return gates.drop_rows(x, keep, self.keep_prob) if source is None else gates.drop_block(x, source, keep)
         return gates.freeze_rows(x, keep) if source is None else gates.freeze_block(x, source, keep)
 
-    def _gate_whole(self, forward: Forward, x: Tensor, source: Tensor | None) -> Tensor:
-        """Batch mode: constants and detached outputs leave no graph behind, so nothing is computed backwards."""
-        assert forward.whole is not None
-        if forward.whole[self.branch]:
-            if forward.phase is Phase.FREEZE:
-                return x.detach() if source is None else x.detach() + (source - source.detach())
-            return x if self.keep_prob is None else x * x.new_ones(()).div_(self.keep_prob)
+    def _gate_some_rows(self, forward: Forward, x: Tensor, on_rows: BranchOnRows) -> Tensor:
+        if not on_rows.passing:  # all rows are alike
+            return self._gate_whole(x, None, forward.phase, keep=forward.kept(self.branch) > 0)
         if forward.phase is Phase.FREEZE:
+            return on_rows.leave_freeze(x)
+        return on_rows.leave_drop(x if self.keep_prob is None else gates.rescale(x, self.keep_prob))
+
+    def _gate_whole(self, x: Tensor, source: Tensor | None, phase: Phase, keep: bool) -> Tensor:
+        """Constants and detached outputs leave no graph behind, so nothing is computed backwards."""
+        if keep and phase is Phase.FREEZE:
+            return x.detach() if source is None else x.detach() + (source - source.detach())
+        if keep:
+            return x if self.keep_prob is None else gates.rescale(x, self.keep_prob)
+        if phase is Phase.FREEZE:
             return x
         return torch.zeros_like(x) if source is None else source.clone()
 

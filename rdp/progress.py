@@ -128,6 +128,8 @@ class Progress:
         mine = self.state_dict()
         self.check(state)
         for key in ("branches", "rates", "phases", "mode"):
+            if key in ("branches", "rates") and not state["branches"]:
+                continue  # saved before the branches were found
             if mine[key] != state[key]:
                 raise StateError(
                     f"the state was saved with other {key} than this handle has: {_shorten(state[key])} in the state, "
@@ -140,7 +142,8 @@ class Progress:
             for draw, live in zip(state["draws"], state["live"], strict=True)
         ]
         self._replayed = [int(draw) for draw in state["replayed"]]
-        self.masks = state["masks"].clone().cpu()
+        if state["branches"]:
+            self.masks = state["masks"].clone().cpu()
 
     def _next_draw(self) -> int:
         if self.one_draw:

@@ -14,6 +14,7 @@ from torch import nn
 from rdp.branches import Branch, Refusal
 from rdp.discovery.find import Discovery, find_branches
 from rdp.discovery.forwards import batch_size
+from rdp.discovery.program import Program
 from rdp.errors import ArgumentError, AttachError, BranchError, ForwardError, NativeDropPathError, RdpWarning
 from rdp.hooks import Hook
 from rdp.masks import branch_rates
@@ -74,13 +75,18 @@ def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def choose_branches(
     model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Branch, ...], tuple[Refusal, ...]]:
+) -> tuple[tuple[Branch, ...], tuple[Refusal, ...], Mapping[str, Program]]:
     """Find the branches and give them their rates.
+
+    Returns:
+        The branches, what was refused, and by name the branches that can be run on some of the rows.
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
     """
-    found = find_branches(model, args, kwargs, named=options.named, need_rows=options.mode == "row")
+    by_row = options.mode == "row"
+    on_rows = by_row and options.compute == "auto"
+    found = find_branches(model, args, kwargs, options.named, need_rows=by_row, want_programs=on_rows)
     branches = _selected(model, options, found)
     if not branches:
         raise BranchError(_nothing_found(model, options, found))
@@ -93,7 +99,7 @@ def choose_branches(
             stacklevel=2,
         )
     coupled = [name for name in found.coupled if any(b.name == name for b in branches)]
-    if coupled and options.mode == "row":
+    if coupled and by_row:
         warnings.warn(
             f"the rows of a batch influence each other even in eval mode, in {_listed(coupled)}: is the first axis of "
             "the input the batch? If not, use mode='batch'",
@@ -101,7 +107,10 @@ def choose_branches(
             stacklevel=2,
         )
     rates = branch_rates([branch.depth for branch in branches], options.rate, options.decay)
-    rated = tuple(replace(branch, rate=rate) for branch, rate in zip(branches, rates, strict=True))
+    rated = tuple(
+        replace(branch, rate=rate, compute="rows" if branch.name in found.programs else "dense")
+        for branch, rate in zip(branches, rates, strict=True)
+    )
     if options.scale_by_keep:
         unscalable = [b.name for b in rated if b.rate > 0 and any(gate.zero_only for gate in b.gates)]
         if unscalable:
@@ -109,7 +118,7 @@ def choose_branches(
                 f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
                 f"{_listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
-    return rated, refused
+    return rated, refused, found.programs
 
 
 def rank_and_ranks() -> tuple[int, int]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from rdp.branches import Branch, GatePoint, Kind, Refusal
 from rdp.discovery import forwards
 from rdp.discovery.graph import Graph
+from rdp.discovery.program import NotIndependent, Program, branch_program
 from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
 from rdp.discovery.seams import Seam, find_seams, parameters_after
 from rdp.discovery.trace import Call, Trace
+from rdp.discovery.verify import verify_programs
 
 _INNER_SHARE = 0.5
 """Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
@@ -28,8 +30,10 @@ class Discovery:
     refused: tuple[Refusal, ...]
     additions: int
     """Number of additions that were looked at."""
-    coupled: tuple[str, ...] = ()
+    coupled: tuple[str, ...]
     """Branches whose rows come out different beside other rows, even in eval mode."""
+    programs: Mapping[str, Program]
+    """By name, the branches that can be run on some of the rows."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ def find_branches(
     kwargs: Mapping[str, Any],
     named: Sequence[str] = (),
     need_rows: bool = True,
+    want_programs: bool = False,
 ) -> Discovery:
     """Find every residual branch of `model` from forwards of two rows and of one row of the given inputs.
 
@@ -69,6 +74,7 @@ def find_branches(
         kwargs: Keyword inputs of its forward.
         named: Modules to gate although they were not found, or refused; the user vouches for them.
         need_rows: Refuse branches on whose output the rows of the batch cannot be located, as row mode must.
+        want_programs: Find out which branches can be run on some of the rows.
 
     Returns:
         What was found.
@@ -83,18 +89,24 @@ def find_branches(
         candidates = _with_named(graph, candidates, named)
         ends = {seam.call.name for c in candidates for seam in c.seams}
         two, one = forwards.observe(model, pair, ends), forwards.observe(model, single, ends)
+        programs: dict[str, Program] = {}
+        reasons: dict[str, str] = {}
+        if want_programs:
+            programs, reasons = _programs(graph, Graph(Trace(model).run(*single)), model, candidates)
+            reasons |= verify_programs(model, pair, programs, two)
     gates = {id(c): _gate_points(c, two, one) for c in candidates}
     for candidate in candidates:
         if need_rows and candidate.reason is None and any(gate.rows is None for gate in gates[id(candidate)]):
             candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
     accepted = [c for c in candidates if c.reason is None]
     refused = [c for c in candidates if c.reason is not None and not any(a.encloses(c) for a in accepted)]
-    branches = _branches(graph, model, accepted, [gates[id(c)] for c in accepted])
+    branches = _branches(graph, model, accepted, [gates[id(c)] for c in accepted], reasons)
     return Discovery(
         branches,
         tuple(Refusal(c.name, _block(graph, c), c.reason or "") for c in refused),
         additions=len(residuals) + len(rejected) + len(side_inputs),
         coupled=tuple(b.name for b in branches if any(_coupled(gate, two, one) for gate in b.gates)),
+        programs={name: program for name, program in programs.items() if name not in reasons},
     )
 
 
@@ -104,7 +116,9 @@ def _candidates(graph: Graph, residuals: list[Residual]) -> list[_Candidate]:
     for residual in residuals:
         seams = find_seams(graph, residual)
         path = graph.between(residual.fork, residual.branch)
-        candidate = _Candidate([residual], seams, path, _unsound(graph, residual, seams), residual.kind)
+        # Parallel branches may share their first modules; what runs through them ends in another branch.
+        ends = {residual.sum} | {r.branch for r in residuals if r.fork == residual.fork and r is not residual}
+        candidate = _Candidate([residual], seams, path, _unsound(graph, residual, seams, ends), residual.kind)
         key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}",)
         groups[key].append(candidate)
     merged = []
@@ -128,19 +142,19 @@ def _candidates(graph: Graph, residuals: list[Residual]) -> list[_Candidate]:
     return merged
 
 
-def _unsound(graph: Graph, residual: Residual, seams: list[Seam]) -> str | None:
+def _unsound(graph: Graph, residual: Residual, seams: list[Seam], ends: set[int]) -> str | None:
     if not seams:
         return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
     if any(seam.of_block for seam in seams):
         return None
     late = parameters_after(graph, residual, residual.branch, seams)
     if late:
-        ends = ", ".join(f"`{seam.call.name}`" for seam in seams)
-        return f"{sorted(late)} are applied after {ends}, outside of any module; FREEZE could not keep them still"
+        before = ", ".join(f"`{seam.call.name}`" for seam in seams)
+        return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
     for seam in seams:
-        if graph.reaches_output([seam.value], around=residual.sum):
+        if graph.reaches_output([seam.value], around=ends):
             return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
-        if graph.reaches_output(graph.between(residual.fork, seam.value), around=residual.sum):
+        if graph.reaches_output(graph.between(residual.fork, seam.value), around=ends):
             return f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
     return None
 
@@ -181,6 +195,25 @@ def _with_named(graph: Graph, candidates: list[_Candidate], named: Sequence[str]
 Outputs = dict[str, list[Tensor]]
 
 
+def _programs(
+    graph: Graph, single: Graph, model: nn.Module, candidates: list[_Candidate]
+) -> tuple[dict[str, Program], dict[str, str]]:
+    """The branches written as programs, and why the others cannot be."""
+    programs: dict[str, Program] = {}
+    reasons: dict[str, str] = {}
+    for candidate in candidates:
+        if candidate.reason is not None:
+            continue
+        try:
+            if len(candidate.residuals) != 1 or len(candidate.seams) != 1 or candidate.seams[0].of_block:
+                raise NotIndependent("it does not end in one module")
+            residual, seam = candidate.residuals[0], candidate.seams[0]
+            programs[candidate.name] = branch_program(graph, single, model, residual, seam)
+        except NotIndependent as why:
+            reasons[candidate.name] = str(why)
+    return programs, reasons
+
+
 def _gate_points(candidate: _Candidate, two: Outputs, one: Outputs) -> tuple[GatePoint, ...]:
     points: dict[tuple[str, int], GatePoint] = {}
     for seam in candidate.seams:
@@ -208,7 +241,11 @@ def _block(graph: Graph, candidate: _Candidate) -> str:
 
 
 def _branches(
-    graph: Graph, model: nn.Module, accepted: list[_Candidate], points: list[tuple[GatePoint, ...]]
+    graph: Graph,
+    model: nn.Module,
+    accepted: list[_Candidate],
+    points: list[tuple[GatePoint, ...]],
+    dense: Mapping[str, str],
 ) -> tuple[Branch, ...]:
     parameters = _parameters_by_branch(graph, model, accepted)
     groups = [_rate_group(graph, candidate) for candidate in accepted]
@@ -218,6 +255,7 @@ def _branches(
         sums = max(len(candidate.residuals), 1)
         notes = [f"{sums} sums share its weights and its mask"] if sums > 1 else []
         notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
+        notes += [f"dense: {dense[candidate.name]}"] if candidate.name in dense else []
         around = _innermost([c.path if c.encloses(candidate) else None for c in accepted])
         branches.append(
             Branch(

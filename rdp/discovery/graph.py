@@ -88,14 +88,14 @@ class Graph:
             return LINEAR_FORM
         return AFFINE_MAP if used <= ops.AFFINE else NONLINEAR
 
-    def reaches_output(self, sources: Iterable[int], around: int) -> bool:
-        """Does one of `sources` reach the model's output on a way that does not pass the value `around`?"""
+    def reaches_output(self, sources: Iterable[int], around: Collection[int]) -> bool:
+        """Does one of `sources` reach the model's output on a way that passes none of the values `around`?"""
         outputs = set(self.trace.root.outputs)
         seen: set[int] = set()
         todo = list(sources)
         while todo:
             index = todo.pop()
-            if index in seen or index == around:
+            if index in seen or index in around:
                 continue
             if index in outputs:
                 return True

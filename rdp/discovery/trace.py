@@ -36,6 +36,25 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, attribute.name, None))
 
 
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor in recorded arguments."""
+
+    value: int
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Recipe:
+    """How a value was made: output tensor number `leaf` of `func(*args, **kwargs)`."""
+
+    func: Callable[..., Any]
+    arguments: Arguments
+    leaf: int
+
+
 @dataclass(eq=False, slots=True)
 class Call:
     """One call of one module. Times are numbers of values made so far."""
@@ -49,6 +68,7 @@ class Call:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     returns_tensor: bool = True
+    arguments: Arguments = ((), {})
 
     def chain(self) -> Iterator[Call]:
         """This call, the call it was made in, and so on up to the model's."""
@@ -72,6 +92,7 @@ class Value:
     owner: Call | None
     """The innermost module call that was running when it was made."""
     parameter: str | None = None
+    recipe: Recipe | None = None
     users: list[int] = field(default_factory=list)
     returned_by: list[Call] = field(default_factory=list)
 
@@ -126,6 +147,7 @@ class Trace(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = Call(name, self.count[name], self._stack[-1] if self._stack else None, begin=0)
             call.inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, kwargs)))
+            call.arguments = self._recorded(args), self._recorded(kwargs)
             call.begin = len(self.values)
             self.count[name] += 1
             self.calls.append(call)
@@ -148,17 +170,30 @@ class Trace(TorchFunctionMode):
         inputs = [self._lookup(tensor) for tensor in given]
         if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
             name = "alias"  # the first addition of Python's sum([...])
+        arguments = self._recorded(tuple(args)), self._recorded(dict(kwargs))
         output = func(*args, **kwargs)
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
-        for tensor in [*tensors_in(output), *given]:
+        for leaf, tensor in enumerate([*tensors_in(output), *given]):
             known = self._known.get(tensor)
             if known is not None and known[0] == tensor._version:
                 continue  # passed through unwritten
             sources = () if name in ops.FRESH else tuple(inputs)
             index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if learned_token else None))
+            self.values[index].recipe = Recipe(func, arguments, leaf)
             if known is not None:
                 self._written[self._storage_owner(tensor)] = index
         return output
+
+    def _recorded(self, value: Any) -> Any:
+        """`value` with a `Ref` in the place of every tensor."""
+        if isinstance(value, Tensor):
+            return Ref(self._lookup(value))
+        if isinstance(value, dict):
+            return {key: self._recorded(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self._recorded(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        return value
 
     def _new(
         self, op: str, inputs: tuple[int, ...], tensor: Tensor, is_data: bool | None = None, name: str | None = None

@@ -1,0 +1,226 @@
+"""A branch as a short program that can be run on any rows: module calls and a few functions of the adding module.
+
+Everything below the adding module's own level is a module call, whose Python code makes of its input what it likes.
+What the adding module itself does between those calls is recorded as functions with their arguments. An integer
+argument that doubles with the batch is a multiple of the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdp.branches import RowAxis
+from rdp.discovery.graph import Graph
+from rdp.discovery.residuals import Residual
+from rdp.discovery.seams import Seam
+from rdp.discovery.trace import Arguments, Call, Ref
+
+_PLAIN = (bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An integer argument: this many for each row."""
+
+    each: int
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter or buffer of the model as an argument."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor that comes from outside of the branch, such as an attention mask; `rows` if it has one entry a row."""
+
+    rows: RowAxis | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module call or function call.
+
+    Attributes:
+        target: Qualified name of a module, or a function.
+        arguments: With `Ref` for values of this program and `Rows`, `Named`, `Outside` for the rest.
+        outputs: The values that its output tensors are; None for those not needed.
+    """
+
+    target: str | Callable[..., Any]
+    arguments: Arguments
+    outputs: tuple[int | None, ...]
+
+    @property
+    def takes_outside(self) -> bool:
+        """Must its arguments be seen in the model's own call of it?"""
+        return any(isinstance(leaf, Outside) for leaf in _leaves(self.arguments))
+
+
+@dataclass(frozen=True)
+class Program:
+    """F of `y = shortcut(x) + F(x)`, from the value `fork` to the value `result`."""
+
+    fork: int
+    result: int
+    fork_rows: RowAxis
+    result_rows: RowAxis
+    result_leaf: int
+    """Which of the output tensors of the module that ends the branch the result is."""
+    steps: tuple[Step, ...] = field(repr=False)
+
+    @property
+    def entry(self) -> str:
+        """The module that is first to take x."""
+        return str(self.steps[0].target)
+
+    @property
+    def side_entries(self) -> list[str]:
+        """Later modules that take tensors from outside of the branch."""
+        return [step.target for step in self.steps[1:] if isinstance(step.target, str) and step.takes_outside]
+
+
+class NotIndependent(Exception):
+    """Why a branch cannot be run on some of the rows."""
+
+
+def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Residual, seam: Seam) -> Program:
+    """Write down the branch of `residual` as a program.
+
+    Args:
+        graph: Of a forward of two rows.
+        single: Of the same forward of one row.
+        model: The traced model.
+        residual: The sum that the branch feeds.
+        seam: Where the branch ends.
+
+    Raises:
+        NotIndependent: If that is not possible, or a step couples the rows.
+    """
+    if len(graph.values) != len(single.values):
+        raise NotIndependent("the model computes differently for one row")
+    path = graph.between(residual.fork, seam.value)
+    if graph.reaches_output(path, around={residual.sum}):
+        raise NotIndependent("its first modules serve another branch too")
+    steps = [_Writer(graph, single, residual, path).step(item) for item in _sequence(graph, residual, path)]
+    users = [i for i, step in enumerate(steps) if Ref(residual.fork) in _leaves(step.arguments)]
+    if users != [0] or not isinstance(steps[0].target, str):
+        raise NotIndependent("the branch does not begin with one module")
+    for step in steps:
+        if isinstance(step.target, str):
+            _check_module(graph, model, step.target)
+    fork_rows, result_rows = (_row_axis(graph, single, i) for i in (residual.fork, seam.value))
+    if fork_rows is None or result_rows is None or fork_rows.fold > 1 or result_rows.fold > 1:
+        raise NotIndependent("tokens are folded into the batch")
+    leaf = seam.call.outputs.index(seam.value)
+    return Program(residual.fork, seam.value, fork_rows, result_rows, leaf, tuple(steps))
+
+
+def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | int]:
+    """The outermost module calls, and the values made by bare functions, that lead from the fork to the end."""
+    around = graph.owners(residual.sum)
+    sequence: list[Call | int] = []
+    for index in sorted(path):
+        owner = graph.values[index].owner
+        inner = [call for call in owner.chain() if call not in around] if owner is not None else []
+        if inner and inner[-1].begin <= residual.fork:
+            raise NotIndependent("the fork lies inside a module of the branch")
+        item: Call | int = inner[-1] if inner else index
+        if item not in sequence:
+            sequence.append(item)
+    return sequence
+
+
+class _Writer:
+    """Turns recorded calls into steps."""
+
+    def __init__(self, graph: Graph, single: Graph, residual: Residual, path: set[int]) -> None:
+        self.graph, self.single = graph, single
+        self.inside = path | {residual.fork}
+
+    def step(self, item: Call | int) -> Step:
+        if isinstance(item, Call):
+            twin = next(c for c in self.single.trace.calls if c.name == item.name and c.ordinal == item.ordinal)
+            arguments = self._merge(item.arguments, twin.arguments, in_module=True)
+            return Step(item.name, arguments, tuple(i if i in self.inside else None for i in item.outputs))
+        recipe, twin_recipe = self.graph.values[item].recipe, self.single.values[item].recipe
+        if recipe is None or twin_recipe is None:
+            raise NotIndependent("a value was written through an alias")
+        arguments = self._merge(recipe.arguments, twin_recipe.arguments, in_module=False)
+        return Step(recipe.func, arguments, (*[None] * recipe.leaf, item))
+
+    def _merge(self, two: Any, one: Any, in_module: bool) -> Any:
+        """Arguments for any number of rows, from those for two rows and for one."""
+        if type(two) is not type(one):
+            raise NotIndependent("an argument changes its type with the batch")
+        if isinstance(two, Ref):
+            return self._merge_tensor(two, one, in_module)
+        if isinstance(two, dict):
+            return {key: self._merge(value, one[key], in_module) for key, value in two.items()}
+        if isinstance(two, (list, tuple)):
+            if len(two) != len(one):
+                raise NotIndependent("an argument changes its length with the batch")
+            items = [self._merge(a, b, in_module) for a, b in zip(two, one, strict=True)]
+            return items if isinstance(two, list) else tuple(items)
+        if isinstance(two, slice):
+            return slice(*self._merge((two.start, two.stop, two.step), (one.start, one.stop, one.step), in_module))
+        if not isinstance(two, _PLAIN):
+            raise NotIndependent(f"an argument is a {type(two).__name__}, which may have a state")
+        if two == one:
+            return two
+        if isinstance(two, int) and two == 2 * one:
+            return Rows(int(one))
+        raise NotIndependent("an argument depends on the batch")
+
+    def _merge_tensor(self, two: Ref, one: Ref, in_module: bool) -> Any:
+        value = self.graph.values[two.value]
+        if two.value != one.value:
+            raise NotIndependent("the model computes differently for one row")
+        if two.value in self.inside:
+            return two
+        if value.parameter is not None:
+            return Named(value.parameter)
+        if not in_module:
+            raise NotIndependent("a bare function takes a tensor from outside of the branch")
+        return Outside(_row_axis(self.graph, self.single, two.value))
+
+
+def _row_axis(graph: Graph, single: Graph, index: int) -> RowAxis | None:
+    """The axis on which a value has its rows; None if it has none, and is the same for every batch."""
+    two, one = graph.values[index].shape, single.values[index].shape
+    if len(two) != len(one):
+        raise NotIndependent("an argument's shape follows the batch in an unclear way")
+    differing = [i for i, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
+    if not differing:
+        return None
+    if len(differing) > 1 or two[differing[0]] != 2 * one[differing[0]]:
+        raise NotIndependent("an argument's shape follows the batch in an unclear way")
+    return RowAxis(differing[0], one[differing[0]])
+
+
+def _check_module(graph: Graph, model: nn.Module, name: str) -> None:
+    if graph.trace.count[name] > 1:
+        raise NotIndependent(f"`{name}` is called several times")
+    for module in model.get_submodule(name).modules():
+        # Also the instance norms that keep running statistics.
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (
+            isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
+        ):
+            raise NotIndependent(type(module).__name__)
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            raise NotIndependent("a parametrization may have a state")
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    if isinstance(arguments, dict):
+        return [leaf for value in arguments.values() for leaf in _leaves(value)]
+    if isinstance(arguments, (list, tuple)):
+        return [leaf for value in arguments for leaf in _leaves(value)]
+    return [arguments]

@@ -1,0 +1,121 @@
+"""Checking that a branch, run on one row at a time, gives what the model gives for two rows together.
+
+That a branch treats rows independently is not taken on trust: its program, and the model's own code fed with some of
+the rows, must reproduce the model's own output in eval mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdp.discovery.forwards import Inputs
+from rdp.discovery.program import Program
+from rdp.discovery.trace import tensors_in
+from rdp.gates import replace_leaf
+from rdp.rows import BranchOnRows, Split
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_HALF_TOLERANCE = 5e-2
+
+
+def verify_programs(
+    model: nn.Module, pair: Inputs, programs: Mapping[str, Program], expected: Mapping[str, list[Tensor]]
+) -> dict[str, str]:
+    """Run every branch on the second row in the model's own forward, and on the first by its program.
+
+    Args:
+        model: In eval mode.
+        pair: Inputs of two rows.
+        programs: By name of the module that ends the branch.
+        expected: The output tensors of those modules in a plain forward of `pair`.
+
+    Returns:
+        By name, why a branch failed; empty if all are exact.
+    """
+    failed: dict[str, str] = {}
+    if any(p.is_meta for p in model.parameters()):
+        return dict.fromkeys(programs, "not verified on meta tensors")
+    while remaining := {name: program for name, program in programs.items() if name not in failed}:
+        entered: list[str] = []
+        try:
+            failed |= _run(model, pair, remaining, expected, entered)
+            break
+        except Exception as error:
+            if not entered:
+                return dict.fromkeys(programs, f"a forward on some rows raised {type(error).__name__}")
+            # The same code fails in every block: do not try it again in each.
+            kind = _kind(model, programs[entered[-1]])
+            alike = [name for name, program in remaining.items() if _kind(model, program) == kind]
+            failed |= dict.fromkeys(alike, f"a forward on some rows raised {type(error).__name__}")
+    return failed
+
+
+def _run(
+    model: nn.Module,
+    pair: Inputs,
+    programs: Mapping[str, Program],
+    expected: Mapping[str, list[Tensor]],
+    entered: list[str],
+) -> dict[str, str]:
+    different: dict[str, str] = {}
+    hooks = []
+
+    def check(name: str, program: Program) -> None:
+        branch = BranchOnRows(model, program)
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if branch.replaying:
+                return None
+            entered.append(name)
+            device = next(tensors_in((args, kwargs))).device
+            rows = torch.arange(2, device=device)
+            return branch.enter(args, kwargs, Split(kept=rows[1:], dropped=rows[:1]))
+
+        def sideways(step: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return branch.sideways(step, args, kwargs) if branch.passing and not branch.replaying else None
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            if branch.replaying or not branch.passing:
+                return None
+            leaf = program.result_leaf
+            found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
+            if not _close(found, wanted):
+                different[name] = "its rows influence each other"
+            entered.remove(name)
+            # What follows is checked against the plain forward again, not against this one's rounding errors.
+            return replace_leaf(output, leaf, wanted.clone())
+
+        hooks.append(model.get_submodule(program.entry).register_forward_pre_hook(enter, with_kwargs=True))
+        for step in program.side_entries:
+            hook = functools.partial(sideways, step)
+            hooks.append(model.get_submodule(step).register_forward_pre_hook(hook, with_kwargs=True))
+        hooks.append(model.get_submodule(name).register_forward_hook(leave))
+
+    try:
+        for name, program in programs.items():
+            check(name, program)
+        with torch.no_grad():
+            model(*pair[0], **pair[1])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return different
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    error = (found.double() - wanted.double()).abs().max()
+    return bool(error <= _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE) * wanted.double().abs().max() + 1e-12)
+
+
+def _kind(model: nn.Module, program: Program) -> tuple[str, ...]:
+    targets = (step.target for step in program.steps)
+    return tuple(
+        type(model.get_submodule(t)).__name__ if isinstance(t, str) else getattr(t, "__name__", "") for t in targets
+    )
