@@ -120,6 +120,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_reentrant_checkpoint() -> bool:
+    """Is a checkpoint with use_reentrant=True being recomputed? Its first run had no graph, but this one needs one."""
+    node: Node | None = torch._C._current_autograd_node()
+    return node is not None and "Checkpoint" in node.name()
+
+
 def _next_node() -> int:
     """The number that the next node of the autograd graph will get, give or take this one."""
     with torch.enable_grad():

@@ -17,7 +17,7 @@ from rdp import gates, setup
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
-from rdp.errors import ForwardError, RdpWarning
+from rdp.errors import ArgumentError, ForwardError, RdpWarning
 from rdp.forward import Forward, Forwards, in_backward
 from rdp.hooks import BeginHook, EndHook, EntryHook, GateHook, SideHook
 from rdp.masks import Decay, Mode
@@ -174,9 +174,15 @@ class ResidualDropPath:
             An optimizer that shares `param_groups`, `state` and `state_dict` with the wrapped one.
 
         Raises:
-            ArgumentError: If it is no optimizer, or is wrapped already.
+            ArgumentError: If it is no optimizer, is wrapped already, or holds none of the model's parameters.
         """
         wrapped = MaskedOptimizer(optimizer, self)
+        mine = {id(p) for p in self.model.parameters()}
+        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            raise ArgumentError(
+                f"this {type(optimizer).__name__} holds no parameter of the attached {type(self.model).__name__}; "
+                "build it from model.parameters() of the very model that was attached"
+            )
         self._optimizers.append(wrapped)
         return wrapped
 
@@ -258,6 +264,7 @@ class ResidualDropPath:
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
+        setup.check_unattached(self.model, besides=self)
         with self.paused():
             branches, refused, programs = setup.choose_branches(self.model, self.options, args, kwargs)
         progress = self._new_progress(branches)
@@ -348,6 +355,8 @@ class ResidualDropPath:
     def _restart_step(self, only_finished: bool = False) -> None:
         """Forget the forwards of this step, or those of them whose gradients exist already."""
         self._progress.forget_forwards(self._gradient_state() if only_finished else None)
+        if not only_finished:
+            self._versions = None  # the optimizer itself moves parameters between two calls of a closure
 
     def _stepped(self, optimizer: MaskedOptimizer) -> None:
         """An optimizer has stepped; the step ends when all have."""

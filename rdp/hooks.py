@@ -17,7 +17,7 @@ from rdp import gates
 from rdp.branches import GatePoint
 from rdp.discovery.trace import tensors_in
 from rdp.errors import RdpWarning
-from rdp.forward import Forward, in_backward
+from rdp.forward import Forward, in_backward, in_reentrant_checkpoint
 from rdp.phases import Phase
 from rdp.rows import BranchOnRows
 
@@ -148,9 +148,11 @@ class GateHook(Hook):
             return None
         x = output if isinstance(output, Tensor) else list(tensors_in(output))[self.point.leaf]
         source = next(tensors_in(args)) if self.point.of_block else None
-        if self.on_rows is not None and not torch.compiler.is_compiling():
+        # A compiler wants one program for all masks; a recomputed checkpoint may be nothing but this branch.
+        skip_work = not torch.compiler.is_compiling() and not in_reentrant_checkpoint()
+        if self.on_rows is not None and (skip_work or self.on_rows.passing):
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        elif forward.whole is not None and not torch.compiler.is_compiling():
+        elif forward.whole is not None and skip_work:
             gated = self._gate_whole(x, source, forward.phase, keep=forward.whole[self.branch])
         else:
             gated = self._gate_rows(forward, x, source)

@@ -36,14 +36,7 @@ def check_model(model: nn.Module, options: Options) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise AttachError("a scripted model runs no Python hooks. Attach to the model before torch.jit.script")
-    for name, module in model.named_modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if any(isinstance(hook, Hook) for hook in hooks):
-            where = f"its module `{name}`" if name else "it"
-            raise AttachError(
-                f"this {type(model).__name__} is attached already ({where} has a handle's hooks); "
-                "call remove() on that handle first"
-            )
+    check_unattached(model)
     drops = find_native_drops(model)
     if drops and options.native == "error":
         raise NativeDropPathError(
@@ -57,6 +50,18 @@ def check_model(model: nn.Module, options: Options) -> None:
             close = difflib.get_close_matches(name, modules, n=3)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise BranchError(f"branches names {name!r}, which is no module of {type(model).__name__}{hint}")
+
+
+def check_unattached(model: nn.Module, besides: object = None) -> None:
+    """Refuse a model that another handle than `besides` has put hooks in."""
+    for name, module in model.named_modules():
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            if isinstance(hook, Hook) and hook.handle is not besides:
+                where = f"its module `{name}`" if name else "it"
+                raise AttachError(
+                    f"this {type(model).__name__} is attached already ({where} has another handle's hooks); "
+                    "call remove() on that handle first"
+                )
 
 
 def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

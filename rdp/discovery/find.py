@@ -256,7 +256,7 @@ def _branches(
         notes = [f"{sums} sums share its weights and its mask"] if sums > 1 else []
         notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
         notes += [f"dense: {dense[candidate.name]}"] if candidate.name in dense else []
-        around = _innermost([c.path if c.encloses(candidate) else None for c in accepted])
+        around = _innermost([i for i, c in enumerate(accepted) if c.encloses(candidate)], accepted)
         branches.append(
             Branch(
                 name=candidate.name,
@@ -266,35 +266,33 @@ def _branches(
                 sums=sums,
                 depth=depths[group],
                 gates=gates,
-                inside=around,
+                inside=around[0] if around else None,
                 note=", ".join(notes),
             )
         )
     return tuple(branches)
 
 
-def _innermost(paths: Sequence[set[int] | None]) -> int | None:
-    """Index of the smallest path that is not None."""
-    sizes = {i: len(path) for i, path in enumerate(paths) if path is not None}
-    return min(sizes, key=lambda i: sizes[i], default=None)
+def _innermost(inside: list[int], accepted: list[_Candidate]) -> list[int]:
+    """Of the candidates `inside` which something lies, those that enclose none of the others."""
+    return [i for i in inside if not any(accepted[i].encloses(accepted[j]) for j in inside)]
 
 
 def _parameters_by_branch(graph: Graph, model: nn.Module, accepted: list[_Candidate]) -> list[list[str]]:
     """For each branch the parameters used in it (and not deeper, in a branch inside it) and in no ungated place."""
-    used: dict[str, set[int | None]] = {name: set() for name, _ in model.named_parameters(remove_duplicate=False)}
+    used: dict[str, set[int]] = {name: set() for name, _ in model.named_parameters(remove_duplicate=False)}
+    ungated: set[str] = set()
     reaching = set().union(*(graph.ancestors(output, 0) for output in graph.trace.root.outputs))
     for index in reaching or range(len(graph.values)):
         names = graph.parameters([index]) & used.keys()
-        if names:
-            place = _innermost([c.path if index in c.path else None for c in accepted])
-            for name in names:
-                used[name].add(place)
-    result: list[list[str]] = [[] for _ in accepted]
-    for name, places in used.items():
-        if None not in places:
-            for place in places:
-                result[place].append(name)  # type: ignore[index]
-    return result
+        places = _innermost([i for i, c in enumerate(accepted) if index in c.path], accepted) if names else []
+        for name in names:
+            used[name].update(places)
+        if not places:
+            ungated |= names
+    return [
+        [name for name, places in used.items() if i in places and name not in ungated] for i in range(len(accepted))
+    ]
 
 
 def _rate_group(graph: Graph, candidate: _Candidate) -> str:

@@ -109,7 +109,10 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     path = graph.between(residual.fork, seam.value)
     if graph.reaches_output(path, around={residual.sum}):
         raise NotIndependent("its first modules serve another branch too")
-    steps = [_Writer(graph, single, residual, path).step(item) for item in _sequence(graph, residual, path)]
+    writer = _Writer(graph, single, residual, path)
+    for item in _sequence(graph, residual, path):
+        writer.write(item)
+    steps = writer.steps
     users = [i for i, step in enumerate(steps) if Ref(residual.fork) in _leaves(step.arguments)]
     if users != [0] or not isinstance(steps[0].target, str):
         raise NotIndependent("the branch does not begin with one module")
@@ -144,17 +147,21 @@ class _Writer:
     def __init__(self, graph: Graph, single: Graph, residual: Residual, path: set[int]) -> None:
         self.graph, self.single = graph, single
         self.inside = path | {residual.fork}
+        self.steps: list[Step] = []
 
-    def step(self, item: Call | int) -> Step:
+    def write(self, item: Call | int) -> None:
+        """Append the step of a module call, or of the function that made a value."""
         if isinstance(item, Call):
             twin = next(c for c in self.single.trace.calls if c.name == item.name and c.ordinal == item.ordinal)
             arguments = self._merge(item.arguments, twin.arguments, in_module=True)
-            return Step(item.name, arguments, tuple(i if i in self.inside else None for i in item.outputs))
+            outputs = tuple(i if i in self.inside else None for i in item.outputs)
+            self.steps.append(Step(item.name, arguments, outputs))
+            return
         recipe, twin_recipe = self.graph.values[item].recipe, self.single.values[item].recipe
         if recipe is None or twin_recipe is None:
             raise NotIndependent("a value was written through an alias")
         arguments = self._merge(recipe.arguments, twin_recipe.arguments, in_module=False)
-        return Step(recipe.func, arguments, (*[None] * recipe.leaf, item))
+        self.steps.append(Step(recipe.func, arguments, (*[None] * recipe.leaf, item)))
 
     def _merge(self, two: Any, one: Any, in_module: bool) -> Any:
         """Arguments for any number of rows, from those for two rows and for one."""
@@ -188,7 +195,11 @@ class _Writer:
         if value.parameter is not None:
             return Named(value.parameter)
         if not in_module:
-            raise NotIndependent("a bare function takes a tensor from outside of the branch")
+            if value.is_data:
+                raise NotIndependent("a bare function takes a tensor from outside of the branch")
+            self.inside.add(two.value)  # a parameter in another form: make it again
+            self.write(two.value)
+            return two
         return Outside(_row_axis(self.graph, self.single, two.value))
 
 
