@@ -19,7 +19,7 @@ from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
 from rdp.errors import ArgumentError, ForwardError, RdpWarning
 from rdp.forward import Forward, Forwards, in_backward
-from rdp.hooks import BeginHook, EndHook, EntryHook, GateHook, SideHook
+from rdp.hooks import BeginHook, EndHook, EntryHook, GateHook, LaterHook
 from rdp.masks import Decay, Mode
 from rdp.native import NativeDrop, find_native_drops
 from rdp.optim import MaskedOptimizer
@@ -290,8 +290,8 @@ class ResidualDropPath:
             self._hooks.append(
                 entry.register_forward_pre_hook(EntryHook(self, index, on_rows), with_kwargs=True, prepend=True)
             )
-            for name in program.side_entries:
-                hook = SideHook(self, name, on_rows)
+            for name in program.later_modules:
+                hook = LaterHook(self, name, on_rows)
                 self._hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         for point in branch.gates:
             gate = GateHook(self, index, point, keep_prob, on_rows)

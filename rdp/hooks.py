@@ -87,11 +87,12 @@ class EntryHook(Hook):
         if not 0 < forward.kept(self.branch) < forward.rows:
             return None
         device = next(tensors_in((args, kwargs))).device
-        return self.on_rows.enter(args, kwargs, forward.split(self.branch, device))
+        split = forward.split(self.branch, device)
+        return self.on_rows.enter(args, kwargs, split, freeze=forward.phase is Phase.FREEZE)
 
 
-class SideHook(Hook):
-    """Forward pre-hook of a later module of such a branch, one that takes tensors from outside of it.
+class LaterHook(Hook):
+    """Forward pre-hook of a later module of such a branch.
 
     Args:
         handle: Owner of the state.
@@ -108,7 +109,7 @@ class SideHook(Hook):
         """Cut the arguments from outside to the rows that the branch was entered with."""
         if self.on_rows.replaying or not self.on_rows.passing:
             return None
-        return self.on_rows.sideways(self.name, args, kwargs)
+        return self.on_rows.later(self.name, args, kwargs)
 
 
 class GateHook(Hook):
@@ -150,8 +151,10 @@ class GateHook(Hook):
         source = next(tensors_in(args)) if self.point.of_block else None
         # A compiler wants one program for all masks; a recomputed checkpoint may be nothing but this branch.
         skip_work = not torch.compiler.is_compiling() and not in_reentrant_checkpoint()
-        if self.on_rows is not None and (skip_work or self.on_rows.passing):
+        if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
+        elif self.on_rows is not None and skip_work and forward.kept(self.branch) in (0, forward.rows):
+            gated = self._gate_whole(x, source, forward.phase, keep=forward.kept(self.branch) > 0)
         elif forward.whole is not None and skip_work:
             gated = self._gate_whole(x, source, forward.phase, keep=forward.whole[self.branch])
         else:
@@ -171,8 +174,6 @@ class GateHook(Hook):
         return gates.freeze_rows(x, keep) if source is None else gates.freeze_block(x, source, keep)
 
     def _gate_some_rows(self, forward: Forward, x: Tensor, on_rows: BranchOnRows) -> Tensor:
-        if not on_rows.passing:  # all rows are alike
-            return self._gate_whole(x, None, forward.phase, keep=forward.kept(self.branch) > 0)
         if forward.phase is Phase.FREEZE:
             return on_rows.leave_freeze(x)
         return on_rows.leave_drop(x if self.keep_prob is None else gates.rescale(x, self.keep_prob))

@@ -4,6 +4,9 @@ In DROP the branch's first module gets the undropped rows alone, and the gate at
 places. In FREEZE the model's own call runs the undropped rows, whose gradient is stopped anyway; the dropped rows,
 the only ones that learn, are run by replaying the branch as a program.
 
+Should the model call a module of the branch otherwise than when the branch was found (an attention mask where there
+was none), the rows are put together again in front of that module, and the rest runs on all of them.
+
 The idea is DINOv2's `drop_add_residual_stochastic_depth`, without touching the model's code.
 """
 
@@ -18,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from rdp.branches import RowAxis
-from rdp.discovery.program import Named, Outside, Program, Rows, Step
-from rdp.discovery.trace import Ref, tensors_in
-
-CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+from rdp.discovery.arguments import Arguments, Named, Outside, Ref, Rows, as_recorded, leaves, rebuild
+from rdp.discovery.program import Program, Step
+from rdp.discovery.trace import tensors_in
+from rdp.errors import ForwardError
 
 
 @dataclass
@@ -31,18 +34,24 @@ class Split:
     kept: Tensor
     dropped: Tensor
 
+    @property
+    def total(self) -> int:
+        """The number of rows of the batch."""
+        return self.kept.numel() + self.dropped.numel()
+
 
 @dataclass
 class _Passing:
     """What is remembered between a branch's first module and its gate."""
 
     split: Split
+    freeze: bool
     x: Tensor
-    outside: dict[str, CallArguments] = field(default_factory=dict)
+    calls: dict[str, Arguments] = field(default_factory=dict)
 
 
 class BranchOnRows:
-    """A branch that runs on some of the rows; its hooks call `enter`, `sideways` and `leave` in this order.
+    """A branch that runs on some of the rows; its hooks call `enter`, `later` and one of `leave_*`, in this order.
 
     Args:
         model: The model that the program is of.
@@ -53,7 +62,7 @@ class BranchOnRows:
         self.model = model
         self.program = program
         self.replaying = False
-        self.steps = {step.target: step for step in program.steps if isinstance(step.target, str)}
+        self._numbers = {step.target: i for i, step in enumerate(program.steps) if isinstance(step.target, str)}
         self._passing: _Passing | None = None
 
     @property
@@ -65,132 +74,153 @@ class BranchOnRows:
         """Drop what an interrupted forward has left behind."""
         self._passing = None
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], split: Split) -> CallArguments:
-        """The arguments of the branch's first module, cut to the undropped rows."""
-        step = self.program.steps[0]
-        x = next(t for leaf, t in _pairs(step, args, kwargs) if leaf == Ref(self.program.fork))
-        self._passing = _Passing(split, x)
-        return self.sideways(self.program.entry, args, kwargs)
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], split: Split, freeze: bool) -> Arguments | None:
+        """The arguments of the branch's first module, cut to the undropped rows; None if the branch must run dense."""
+        program, step, given = self.program, self.program.steps[0], (args, kwargs)
+        if not as_recorded(step.arguments, given, split.total, split.total):
+            return None
+        (x,) = _inner(step, given).values()
+        where = program.axes[program.fork]
+        shape = list(program.shape)
+        shape[where.axis] = split.total
+        if list(x.shape) != shape and not (program.fits_any_shape and x.shape[where.axis] == split.total):
+            return None
+        self._passing = _Passing(split, freeze, x, {program.entry: given})
+        return self._filled(step, given, {program.fork: _take(x, where, split.kept)}, split.kept)
 
-    def sideways(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
-        """The arguments of a module inside the branch: those from outside are cut to the undropped rows."""
+    def later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The arguments of a later module: those from outside of the branch are cut to the undropped rows."""
         assert self._passing is not None
-        self._passing.outside[name] = args, kwargs
-        kept = self._passing.split.kept
-        env = {self.program.fork: _take(self._passing.x, self.program.fork_rows, kept)}
-        return self._call_arguments(self.steps[name], (args, kwargs), env, kept, keep_inner=True)
+        passing, step, given = self._passing, self.program.steps[self._numbers[name]], (args, kwargs)
+        if not as_recorded(step.arguments, given, passing.split.total, passing.split.kept.numel()):
+            self._passing = None
+            return self._reunited(name, given, passing)
+        passing.calls[name] = given
+        return self._filled(step, given, _inner(step, given), passing.split.kept)
 
     def leave_drop(self, z: Tensor) -> Tensor:
         """The branch output for all rows, zero for dropped ones, from that of the undropped rows."""
-        passing = self._left()
-        return self._empty(z, passing).zero_().index_copy_(self.program.result_rows.axis, passing.split.kept, z)
+        passing, where = self._left(), self.program.axes[self.program.result]
+        return _all_rows(z, where, passing.split).zero_().index_copy_(where.axis, passing.split.kept, z)
 
     def leave_freeze(self, z: Tensor) -> Tensor:
         """The branch output for all rows, from that of the undropped rows; only the dropped ones have a gradient."""
         passing = self._left()
-        axis = self.program.result_rows.axis
-        learning = self.replay(passing)
-        out = self._empty(z, passing).index_copy_(axis, passing.split.kept, z.detach())
-        return out.index_copy_(axis, passing.split.dropped, learning)
-
-    def replay(self, passing: _Passing) -> Tensor:
-        """Run the program on the dropped rows."""
-        rows = passing.split.dropped
-        env = {self.program.fork: _take(passing.x, self.program.fork_rows, rows)}
-        with self._replaying():
-            for step in self.program.steps:
-                name = step.target if isinstance(step.target, str) else None
-                actual = passing.outside.get(name) if name is not None else None
-                args, kwargs = self._call_arguments(step, actual, env, rows)
-                target = self.model.get_submodule(name) if name is not None else step.target
-                output = target(*args, **kwargs)  # type: ignore[operator]
-                for value, tensor in zip(step.outputs, tensors_in(output), strict=False):
-                    if value is not None:
-                        env[value] = tensor
-        return env[self.program.result]
-
-    @contextlib.contextmanager
-    def _replaying(self) -> Iterator[None]:
-        self.replaying = True
-        try:
-            yield
-        finally:
-            self.replaying = False
+        learning = self._replay(passing, len(self.program.steps))[self.program.result]
+        return _join(z.detach(), learning, self.program.axes[self.program.result], passing.split)
 
     def _left(self) -> _Passing:
         assert self._passing is not None
         passing, self._passing = self._passing, None
         return passing
 
-    def _empty(self, z: Tensor, passing: _Passing) -> Tensor:
-        shape = list(z.shape)
-        shape[self.program.result_rows.axis] = passing.split.kept.numel() + passing.split.dropped.numel()
-        return z.new_empty(shape)
+    def _replay(self, passing: _Passing, steps: int) -> dict[int, Tensor]:
+        """Run the first `steps` steps on the dropped rows; the values that they make."""
+        rows = passing.split.dropped
+        env = {self.program.fork: _take(passing.x, self.program.axes[self.program.fork], rows)}
+        with self._in_replay():
+            for step in self.program.steps[:steps]:
+                if isinstance(step.target, str):
+                    args, kwargs = self._filled(step, passing.calls[step.target], env, rows)
+                    output = self.model.get_submodule(step.target)(*args, **kwargs)
+                else:
+                    args, kwargs = self._filled(step, step.arguments, env, rows)
+                    output = step.target(*args, **kwargs)
+                for value, tensor in zip(step.outputs, tensors_in(output), strict=False):
+                    if value is not None:
+                        env[value] = tensor
+        return env
 
-    def _call_arguments(
-        self,
-        step: Step,
-        actual: CallArguments | None,
-        env: dict[int, Tensor],
-        rows: Tensor,
-        keep_inner: bool = False,
-    ) -> CallArguments:
-        """Fill in the recorded arguments of a step.
+    @contextlib.contextmanager
+    def _in_replay(self) -> Iterator[None]:
+        self.replaying = True
+        try:
+            yield
+        finally:
+            self.replaying = False
 
-        Args:
-            step: The step.
-            actual: The arguments of the model's own call, where the step takes tensors from outside of the branch.
-            env: The program's values so far.
-            rows: The rows to run.
-            keep_inner: Leave values that `env` lacks as the model's own call has them.
-        """
-        outside = iter(tensors_in(actual)) if actual is not None else iter(())
+    def _filled(self, step: Step, given: Arguments, env: dict[int, Tensor], rows: Tensor) -> Arguments:
+        """The arguments `given` to a step, with values from `env` and cut to `rows`."""
 
-        def fill(leaf: Any) -> Any:
-            if isinstance(leaf, (Ref, Outside, Named)):
-                given = next(outside, None)
-                if isinstance(leaf, Named):
-                    return given if given is not None else _named_tensor(self.model, leaf.name)
-                if isinstance(leaf, Outside):
-                    assert given is not None
-                    return given if leaf.rows is None else _take(given, leaf.rows, rows)
-                return given if keep_inner and leaf.value not in env else env[leaf.value]
-            if isinstance(leaf, Rows):
-                return leaf.each * rows.numel()
-            if isinstance(leaf, dict):
-                return {key: fill(value) for key, value in leaf.items()}
-            if isinstance(leaf, (list, tuple)):
-                items = [fill(value) for value in leaf]
-                return items if isinstance(leaf, list) else tuple(items)
-            if isinstance(leaf, slice):
-                return slice(fill(leaf.start), fill(leaf.stop), fill(leaf.step))
-            return leaf
+        def fill(recorded: Any, actual: Any) -> Any:
+            if isinstance(recorded, Ref):
+                return env[recorded.value]
+            if isinstance(recorded, Outside) and recorded.rows is not None:
+                return _take(actual, recorded.rows, rows)
+            if isinstance(recorded, Rows):
+                return recorded.each * rows.numel()
+            if isinstance(recorded, Named) and not isinstance(actual, Tensor):
+                return _named_tensor(self.model, recorded.name)
+            return actual
 
-        args, kwargs = step.arguments
-        return fill(args), fill(kwargs)
+        filled: Arguments = rebuild(step.arguments, given, fill)
+        return filled
+
+    def _reunited(self, name: str, given: Arguments, passing: _Passing) -> Arguments:
+        """The arguments of a module with all rows again, since it is called in another way than was recorded."""
+        number = self._numbers[name]
+        step, split = self.program.steps[number], passing.split
+        if _missing(step, given):
+            raise ForwardError(
+                f"`{name}` is called with other arguments than when the branch was found, and x is not among them. "
+                "Attach with compute='dense', or with example_inputs like this batch"
+            )
+        # Any numbers do for dropped rows in DROP, where the gate replaces them; those of a real row do no harm.
+        env = self._replay(passing, number) if passing.freeze else None
+
+        def reunite(recorded: Any, actual: Any) -> Any:
+            if not isinstance(recorded, Ref):
+                return actual
+            where = self.program.axes[recorded.value]
+            if env is not None:
+                return _join(actual.detach(), env[recorded.value], where, split)
+            return _join(actual, _take(actual, where, torch.zeros_like(split.dropped)), where, split)
+
+        reunited: Arguments = rebuild(step.arguments, given, reunite)
+        return reunited
 
 
-def _pairs(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Recorded tensor arguments of a step, beside the tensors that it is called with."""
+def _inner(step: Step, given: Arguments) -> dict[int, Tensor]:
+    """The values of the branch among the arguments given to a step."""
+    found: dict[int, Tensor] = {}
 
-    def placeholders(value: Any) -> Iterator[Any]:
-        if isinstance(value, (Ref, Outside, Named)):
-            yield value
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from placeholders(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from placeholders(item)
+    def note(recorded: Any, actual: Any) -> Any:
+        if isinstance(recorded, Ref):
+            found[recorded.value] = actual
+        return actual
 
-    return zip(placeholders(step.arguments), tensors_in((args, kwargs)), strict=True)
+    rebuild(step.arguments, given, note)
+    return found
+
+
+def _missing(step: Step, given: Arguments) -> bool:
+    """Is a recorded value of the branch not among the arguments given to a step?"""
+    found = {value for value, tensor in _inner(step, given).items() if isinstance(tensor, Tensor)}
+    return any(isinstance(leaf, Ref) and leaf.value not in found for leaf in leaves(step.arguments))
 
 
 def _take(x: Tensor, where: RowAxis, rows: Tensor) -> Tensor:
-    if where.fold > 1:
-        offsets = torch.arange(where.fold, device=rows.device)
-        rows = (rows[:, None] * where.fold + offsets).flatten()
-    return x.index_select(where.axis, rows)
+    return x.index_select(where.axis, _entries(where, rows))
+
+
+def _entries(where: RowAxis, rows: Tensor) -> Tensor:
+    """The entries of an axis that belong to `rows`."""
+    if where.fold == 1:
+        return rows
+    return (rows[:, None] * where.fold + torch.arange(where.fold, device=rows.device)).flatten()
+
+
+def _all_rows(part: Tensor, where: RowAxis, split: Split) -> Tensor:
+    """An uninitialised tensor like `part`, but of all rows."""
+    shape = list(part.shape)
+    shape[where.axis] = split.total * where.fold
+    return part.new_empty(shape)
+
+
+def _join(kept: Tensor, dropped: Tensor, where: RowAxis, split: Split) -> Tensor:
+    """A tensor of all rows from those of the undropped and of the dropped ones."""
+    out = _all_rows(kept, where, split).index_copy_(where.axis, _entries(where, split.kept), kept)
+    return out.index_copy_(where.axis, _entries(where, split.dropped), dropped)
 
 
 def _named_tensor(model: nn.Module, name: str) -> Tensor:

@@ -7,7 +7,7 @@ argument that doubles with the batch is a multiple of the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,33 +15,13 @@ import torch
 from torch import nn
 
 from rdp.branches import RowAxis
+from rdp.discovery.arguments import Arguments, Named, Outside, Ref, Rows, leaves
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
-from rdp.discovery.trace import Arguments, Call, Ref
+from rdp.discovery.trace import Call
 
 _PLAIN = (bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """An integer argument: this many for each row."""
-
-    each: int
-
-
-@dataclass(frozen=True)
-class Named:
-    """A parameter or buffer of the model as an argument."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Outside:
-    """A tensor that comes from outside of the branch, such as an attention mask; `rows` if it has one entry a row."""
-
-    rows: RowAxis | None
 
 
 @dataclass(frozen=True)
@@ -58,23 +38,27 @@ class Step:
     arguments: Arguments
     outputs: tuple[int | None, ...]
 
-    @property
-    def takes_outside(self) -> bool:
-        """Must its arguments be seen in the model's own call of it?"""
-        return any(isinstance(leaf, Outside) for leaf in _leaves(self.arguments))
-
 
 @dataclass(frozen=True)
 class Program:
-    """F of `y = shortcut(x) + F(x)`, from the value `fork` to the value `result`."""
+    """F of `y = shortcut(x) + F(x)`, from the value `fork` to the value `result`.
+
+    Attributes:
+        fork: The value x.
+        result: The value F(x).
+        steps: What leads from one to the other; the first is a module call, and each uses only what the latest module
+            call before it has returned.
+        axes: Where the values that modules take and return have their rows.
+        shape: Of x, when the branch was found.
+        result_leaf: Which of the output tensors of the module that ends the branch the result is.
+    """
 
     fork: int
     result: int
-    fork_rows: RowAxis
-    result_rows: RowAxis
-    result_leaf: int
-    """Which of the output tensors of the module that ends the branch the result is."""
     steps: tuple[Step, ...] = field(repr=False)
+    axes: Mapping[int, RowAxis] = field(repr=False)
+    shape: tuple[int, ...]
+    result_leaf: int
 
     @property
     def entry(self) -> str:
@@ -82,9 +66,14 @@ class Program:
         return str(self.steps[0].target)
 
     @property
-    def side_entries(self) -> list[str]:
-        """Later modules that take tensors from outside of the branch."""
-        return [step.target for step in self.steps[1:] if isinstance(step.target, str) and step.takes_outside]
+    def later_modules(self) -> list[str]:
+        """The other modules that are called, in order."""
+        return [step.target for step in self.steps[1:] if isinstance(step.target, str)]
+
+    @property
+    def fits_any_shape(self) -> bool:
+        """Are there nothing but module calls? Arguments of functions may depend on the shape of x."""
+        return all(isinstance(step.target, str) for step in self.steps)
 
 
 class NotIndependent(Exception):
@@ -107,23 +96,39 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     if len(graph.values) != len(single.values):
         raise NotIndependent("the model computes differently for one row")
     path = graph.between(residual.fork, seam.value)
-    if graph.reaches_output(path, around={residual.sum}):
-        raise NotIndependent("its first modules serve another branch too")
+    aside = {user for i in path - {seam.value} for user in graph.values[i].users} - path
+    if graph.reaches_output(aside, around=()):
+        raise NotIndependent("its modules serve something else too")
     writer = _Writer(graph, single, residual, path)
     for item in _sequence(graph, residual, path):
         writer.write(item)
     steps = writer.steps
-    users = [i for i, step in enumerate(steps) if Ref(residual.fork) in _leaves(step.arguments)]
-    if users != [0] or not isinstance(steps[0].target, str):
-        raise NotIndependent("the branch does not begin with one module")
+    _check_chain(steps, residual.fork, path)
+    axes: dict[int, RowAxis] = {}
     for step in steps:
         if isinstance(step.target, str):
             _check_module(graph, model, step.target)
-    fork_rows, result_rows = (_row_axis(graph, single, i) for i in (residual.fork, seam.value))
-    if fork_rows is None or result_rows is None or fork_rows.fold > 1 or result_rows.fold > 1:
+            for leaf in leaves(step.arguments):
+                if isinstance(leaf, Ref):
+                    axes[leaf.value] = _needed_row_axis(graph, single, leaf.value)
+    axes[seam.value] = _needed_row_axis(graph, single, seam.value)
+    if axes[residual.fork].fold > 1 or axes[seam.value].fold > 1:
         raise NotIndependent("tokens are folded into the batch")
-    leaf = seam.call.outputs.index(seam.value)
-    return Program(residual.fork, seam.value, fork_rows, result_rows, leaf, tuple(steps))
+    shape, result_leaf = graph.values[residual.fork].shape, seam.call.outputs.index(seam.value)
+    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf)
+
+
+def _check_chain(steps: list[Step], fork: int, path: set[int]) -> None:
+    """The first step alone takes x, and no step reaches back beyond the latest module call before it."""
+    if not steps or not isinstance(steps[0].target, str):
+        raise NotIndependent("the branch does not begin with one module")
+    reachable = {fork}
+    for step in steps:
+        used = {leaf.value for leaf in leaves(step.arguments) if isinstance(leaf, Ref)} & (path | {fork})
+        if not used <= reachable:
+            raise NotIndependent("the branch is not a chain of modules")
+        made = {value for value in step.outputs if value is not None}
+        reachable = made if isinstance(step.target, str) else reachable | made
 
 
 def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | int]:
@@ -200,7 +205,8 @@ class _Writer:
             self.inside.add(two.value)  # a parameter in another form: make it again
             self.write(two.value)
             return two
-        return Outside(_row_axis(self.graph, self.single, two.value))
+        shape = value.shape
+        return Outside(_row_axis(self.graph, self.single, two.value), shape[0] if shape else 0)
 
 
 def _row_axis(graph: Graph, single: Graph, index: int) -> RowAxis | None:
@@ -216,6 +222,13 @@ def _row_axis(graph: Graph, single: Graph, index: int) -> RowAxis | None:
     return RowAxis(differing[0], one[differing[0]])
 
 
+def _needed_row_axis(graph: Graph, single: Graph, index: int) -> RowAxis:
+    axis = _row_axis(graph, single, index)
+    if axis is None:
+        raise NotIndependent("a value in the branch is the same for every batch")
+    return axis
+
+
 def _check_module(graph: Graph, model: nn.Module, name: str) -> None:
     if graph.trace.count[name] > 1:
         raise NotIndependent(f"`{name}` is called several times")
@@ -227,11 +240,3 @@ def _check_module(graph: Graph, model: nn.Module, name: str) -> None:
             raise NotIndependent(type(module).__name__)
         if torch.nn.utils.parametrize.is_parametrized(module):
             raise NotIndependent("a parametrization may have a state")
-
-
-def _leaves(arguments: Any) -> list[Any]:
-    if isinstance(arguments, dict):
-        return [leaf for value in arguments.values() for leaf in _leaves(value)]
-    if isinstance(arguments, (list, tuple)):
-        return [leaf for value in arguments for leaf in _leaves(value)]
-    return [arguments]

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rdp.discovery import ops
+from rdp.discovery.arguments import Arguments, Ref
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -34,16 +35,6 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for attribute in dataclasses.fields(value):
             yield from tensors_in(getattr(value, attribute.name, None))
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """Stands for a tensor in recorded arguments."""
-
-    value: int
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

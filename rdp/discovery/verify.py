@@ -74,13 +74,16 @@ def _run(
             entered.append(name)
             device = next(tensors_in((args, kwargs))).device
             rows = torch.arange(2, device=device)
-            return branch.enter(args, kwargs, Split(kept=rows[1:], dropped=rows[:1]))
+            return branch.enter(args, kwargs, Split(kept=rows[1:], dropped=rows[:1]), freeze=True)
 
-        def sideways(step: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return branch.sideways(step, args, kwargs) if branch.passing and not branch.replaying else None
+        def later(step: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return branch.later(step, args, kwargs) if branch.passing and not branch.replaying else None
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            if branch.replaying or not branch.passing:
+            if branch.replaying:
+                return None
+            if not branch.passing:
+                different[name] = "it is called otherwise than when it was traced"
                 return None
             leaf = program.result_leaf
             found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
@@ -91,8 +94,8 @@ def _run(
             return replace_leaf(output, leaf, wanted.clone())
 
         hooks.append(model.get_submodule(program.entry).register_forward_pre_hook(enter, with_kwargs=True))
-        for step in program.side_entries:
-            hook = functools.partial(sideways, step)
+        for step in program.later_modules:
+            hook = functools.partial(later, step)
             hooks.append(model.get_submodule(step).register_forward_pre_hook(hook, with_kwargs=True))
         hooks.append(model.get_submodule(name).register_forward_hook(leave))
 
