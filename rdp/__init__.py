@@ -8,6 +8,7 @@ Two lines in an existing training loop::
 Source: Park (2024), "Residual DropPath", https://arxiv.org/abs/2411.09475
 """
 
+from rdp.attachment import attach
 from rdp.branches import Branch, Refusal
 from rdp.errors import (
     ArgumentError,
@@ -19,7 +20,7 @@ from rdp.errors import (
     RdpWarning,
     StateError,
 )
-from rdp.handle import ResidualDropPath, attach
+from rdp.handle import ResidualDropPath
 from rdp.optim import MaskedOptimizer
 from rdp.phases import Phase
 

@@ -19,13 +19,11 @@ class Forward:
     Args:
         phase: DROP, FREEZE or PLAIN.
         masks: Bool `Tensor[branches, rows]` on the CPU.
-        whole: In batch mode each branch's mask as a bool, so that gates can skip work without looking at a tensor.
     """
 
-    def __init__(self, phase: Phase, masks: Tensor, whole: list[bool] | None) -> None:
+    def __init__(self, phase: Phase, masks: Tensor) -> None:
         self.phase = phase
         self.masks = masks
-        self.whole = whole
         self.first_node = 0
         self.last_node: int | None = None
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}
@@ -47,6 +45,11 @@ class Forward:
         if not self._kept:
             self._kept = self.masks.sum(1).tolist()
         return self._kept[branch]
+
+    def keeps_all(self, branch: int) -> bool | None:
+        """True if all rows of a branch are undropped, False if none is, None if there are both."""
+        kept = self.kept(branch)
+        return kept > 0 if kept in (0, self.rows) else None
 
     def split(self, branch: int, device: torch.device) -> Split:
         """The undropped and the dropped rows of a branch, on `device`; all branches are copied at the first request."""

@@ -1,9 +1,9 @@
-"""`attach` and the handle it returns: the one object that holds hooks, phases and masks together."""
+"""The handle that `attach` returns: the one object that holds hooks, phases and masks together."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,100 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rdp import gates, setup
+from rdp import gates, setup, traced
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
-from rdp.errors import ArgumentError, ForwardError, RdpWarning
+from rdp.errors import ArgumentError, BranchError, ForwardError, RdpWarning
 from rdp.forward import Forward, Forwards, in_backward
 from rdp.hooks import BeginHook, EndHook, EntryHook, GateHook, LaterHook
-from rdp.masks import Decay, Mode
 from rdp.native import NativeDrop, find_native_drops
 from rdp.optim import MaskedOptimizer
-from rdp.options import Compute, Freeze, Native, Options, Select
+from rdp.options import Options
 from rdp.phases import Phase, Schedule
 from rdp.progress import Progress
 from rdp.rows import BranchOnRows
-
-
-def attach(
-    model: nn.Module,
-    rate: float = 0.1,
-    *,
-    mode: Mode = "row",
-    decay: Decay = "linear",
-    freeze: Freeze = "output",
-    scale_by_keep: bool = False,
-    phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
-    branches: Select = None,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
-    native: Native = "error",
-    compute: Compute = "auto",
-    seed: int = 0,
-) -> ResidualDropPath:
-    """Train `model` with Residual DropPath: find its residual branches and gate them by forward hooks.
-
-    Every residual sum computes `y = shortcut(x) + F(x)`. In a DROP step dropped branches contribute nothing; in the
-    FREEZE step after it the same branches, and only they, learn. Code, parameters, buffers and `state_dict` of the
-    model stay as they are, and in eval mode it is the plain network.
-
-    Example::
-
-        handle = rdp.attach(model, rate=0.1)
-        optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-
-    Args:
-        model: Any module that you call in training as `model(...)`.
-        rate: Drop probability of the deepest branch, in [0, 1). The default is the paper's.
-        mode: "row" draws a mask for every sample, "batch" one for all samples; as in
-            `torchvision.ops.StochasticDepth`.
-        decay: "linear" lets the rate grow from 0 at the first block to `rate` at the last, as timm does; "constant"
-            gives all blocks `rate`. A branch of rate 0 is not gated at all.
-        freeze: What FREEZE stops: "output" the gradient at the branch output (Algorithm 1), so that none passes
-            upstream either; "params" only the parameters (Figure 5 read literally; batch mode only).
-        scale_by_keep: Divide undropped rows by their keep probability in DROP. False, as in the paper's section 4.1;
-            True together with `phases=(Phase.DROP,)` is timm's DropPath.
-        phases: The sequence of phases that repeats, one phase an optimizer step.
-        branches: None takes all that are found. A list of names takes these, and gates modules that were not found,
-            or refused, on your word. A function of (name, module) chooses among those found.
-        example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
-            arguments. Branches are then found at once; by default they are found in the first training forward.
-        native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
-        compute: "auto" runs only the rows that a step needs, wherever that is exact; "dense" always runs all rows.
-        seed: Of the masks, which are independent of the global RNG.
-
-    Returns:
-        The handle: wrap the optimizer with it, save its `state_dict` beside the optimizer's.
-
-    Raises:
-        ArgumentError: If an argument has a value that cannot be used.
-        AttachError: If the model is attached already, scripted, or wrapped in DataParallel.
-        NativeDropPathError: If the model drops paths by itself and `native="error"`.
-        BranchError: If no branch is found (in the first training forward, without `example_inputs`).
-
-    Source: Park (2024), Algorithm 1, https://arxiv.org/abs/2411.09475
-    """
-    options = Options(
-        rate=rate,
-        mode=mode,
-        decay=decay,
-        freeze=freeze,
-        scale_by_keep=scale_by_keep,
-        phases=tuple(Schedule(phases).phases),
-        branches=branches,
-        native=native,
-        compute=compute,
-        seed=seed,
-    )
-    setup.check_model(model, options)
-    handle = ResidualDropPath(model, options)
-    if example_inputs is not None:
-        try:
-            handle.discover(example_inputs)
-        except BaseException:
-            handle.remove()
-            raise
-    return handle
 
 
 class ResidualDropPath:
@@ -141,12 +60,16 @@ class ResidualDropPath:
         self._probes: list[nn.Parameter] = []
         self._versions: Hashable = None
         self._ranks = 1
+        self._key = traced.register(self)
+        self._traced_masks: Tensor | None = None
+        self._traced_phase = self.phase
         self._optimizers: list[MaskedOptimizer] = []
         self._have_stepped: list[MaskedOptimizer] = []
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(BeginHook(self), with_kwargs=True, prepend=True),
             model.register_forward_hook(EndHook(self), always_call=True),
         ]
+        traced.forget_compiled()
 
     @property
     def phase(self) -> Phase:
@@ -189,6 +112,7 @@ class ResidualDropPath:
     def advance(self) -> None:
         """End the current optimizer step and go to the next phase; `MaskedOptimizer.step` does so by itself."""
         self._progress.advance()
+        self._traced_phase = self.phase
         self._forwards.forget()
         self._have_stepped.clear()
         self._versions = None
@@ -222,6 +146,8 @@ class ResidualDropPath:
             hook.remove()
         for drop in self._silenced:
             drop.restore()
+        if self._hooks:
+            traced.forget_compiled()
         self._hooks, self._silenced, self.attached = [], [], False
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,6 +162,7 @@ class ResidualDropPath:
         """
         if self.branches:
             self._progress.load_state_dict(state)
+            self._traced_phase = self.phase
             self._forwards.forget()
             self._versions = None
         else:
@@ -281,6 +208,8 @@ class ResidualDropPath:
         for index, branch in enumerate(self.branches):
             if branch.rate > 0:
                 self._hook_branch(index, branch, programs.get(branch.name))
+        self._traced_phase = self.phase
+        traced.forget_compiled()
 
     def _hook_branch(self, index: int, branch: Branch, program: Program | None) -> None:
         keep_prob = 1 - branch.rate if self.options.scale_by_keep else None
@@ -316,11 +245,29 @@ class ResidualDropPath:
         except BaseException:
             self._forwards.begin(None)  # EndHook is called even so
             raise
+        masks = self._draw_masks(rows)
+        self._forwards.begin(Forward(self.phase, masks))
+        if traced.may_be_compiled():  # parts of the model, while the model itself is called by Python
+            self._traced_masks = masks.to(self._probes[0].device, non_blocking=True)
+
+    def _begin_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """`_begin_forward` as torch.compile sees it."""
+        self._traced_masks = None
+        if self._pauses or not self.model.training or not torch.is_grad_enabled():
+            return
+        if not self.branches:
+            raise BranchError(
+                "the model is compiled before its branches are known; pass example_inputs to rdp.attach, or call "
+                "handle.discover(inputs), so that they are found beforehand"
+            )
+        x = next(tensor for tensor in tensors_in((args, kwargs)) if tensor.dim())
+        self._traced_masks = traced.begin_forward(x.detach(), self._key, len(self.branches))
+
+    def _draw_masks(self, rows: int) -> Tensor:
+        """Begin a forward of `rows` rows; its masks."""
         self._warn_if_unannounced()
         rank, self._ranks = setup.rank_and_ranks()
-        masks = self._progress.begin_forward(rows, rank, self._ranks, gradients=self._gradient_state())
-        whole = masks[:, 0].tolist() if self.options.mode == "batch" else None
-        self._forwards.begin(Forward(self.phase, masks, whole))
+        return self._progress.begin_forward(rows, rank, self._ranks, gradients=self._gradient_state())
 
     def _recomputed_forward(self) -> Forward:
         forward = self._forwards.recomputed()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rdp import gates
+from rdp import gates, traced
 from rdp.branches import GatePoint
 from rdp.discovery.trace import tensors_in
 from rdp.errors import RdpWarning
@@ -51,7 +51,10 @@ class BeginHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Start a forward."""
-        self.handle._begin_forward(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            self.handle._begin_traced(args, kwargs)
+        else:
+            traced.uncompiled(self.handle._begin_forward, module, args, kwargs)
 
 
 class EndHook(Hook):
@@ -59,7 +62,10 @@ class EndHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """End a forward."""
-        return self.handle._end_forward(output)
+        if torch.compiler.is_compiling():
+            self.handle._traced_masks = None
+            return None
+        return traced.uncompiled(self.handle._end_forward, output)
 
 
 class EntryHook(Hook):
@@ -78,11 +84,11 @@ class EntryHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Cut the arguments to undropped rows, if there are such and others."""
-        if self.on_rows.replaying:
+        if torch.compiler.is_compiling() or self.on_rows.replaying:
             return None
         self.on_rows.forget()
         forward = self.handle._forwards.current()
-        if forward is None or forward.phase is Phase.PLAIN or torch.compiler.is_compiling():
+        if forward is None or forward.phase is Phase.PLAIN:
             return None
         if not 0 < forward.kept(self.branch) < forward.rows:
             return None
@@ -107,7 +113,7 @@ class LaterHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Cut the arguments from outside to the rows that the branch was entered with."""
-        if self.on_rows.replaying or not self.on_rows.passing:
+        if torch.compiler.is_compiling() or self.on_rows.replaying or not self.on_rows.passing:
             return None
         return self.on_rows.later(self.name, args, kwargs)
 
@@ -139,37 +145,50 @@ class GateHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Mask the output; None leaves it as it is."""
+        if torch.compiler.is_compiling():
+            return self._gate_traced(args, output)
         if self.on_rows is not None and self.on_rows.replaying:
             return None
         forward = self.handle._forwards.current()
         if forward is None:
             self._warn_if_stray(module)
             return None
-        if forward.phase is Phase.PLAIN or (forward.phase is Phase.FREEZE and self.handle.options.freeze == "params"):
+        if not self._gates_in(forward.phase):
             return None
-        x = output if isinstance(output, Tensor) else list(tensors_in(output))[self.point.leaf]
-        source = next(tensors_in(args)) if self.point.of_block else None
-        # A compiler wants one program for all masks; a recomputed checkpoint may be nothing but this branch.
-        skip_work = not torch.compiler.is_compiling() and not in_reentrant_checkpoint()
+        x, source = self._tensors(args, output)
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        elif self.on_rows is not None and skip_work and forward.kept(self.branch) in (0, forward.rows):
-            gated = self._gate_whole(x, source, forward.phase, keep=forward.kept(self.branch) > 0)
-        elif forward.whole is not None and skip_work:
-            gated = self._gate_whole(x, source, forward.phase, keep=forward.whole[self.branch])
+        # A checkpoint that is recomputed for its graph may hold nothing but this branch, which must have one then.
+        elif (keep := forward.keeps_all(self.branch)) is not None and not in_reentrant_checkpoint():
+            gated = self._gate_whole(x, source, forward.phase, keep)
         else:
-            gated = self._gate_rows(forward, x, source)
-        if gated is x:
+            gated = self._gate_rows(forward.phase, forward.keep(self.branch, x.device), x, source)
+        return None if gated is x else self._replaced(output, gated)
+
+    def _gate_traced(self, args: Any, output: Any) -> Any:
+        """The same in one graph for all masks: no work is skipped, and no mask is looked at."""
+        masks, phase = self.handle._traced_masks, self.handle._traced_phase
+        if masks is None or not self._gates_in(phase):
             return None
+        x, source = self._tensors(args, output)
+        keep = masks[self.branch].to(x.device, non_blocking=True)
+        return self._replaced(output, self._gate_rows(phase, keep, x, source))
+
+    def _gates_in(self, phase: Phase) -> bool:
+        return phase is Phase.DROP or (phase is Phase.FREEZE and self.handle.options.freeze == "output")
+
+    def _tensors(self, args: Any, output: Any) -> tuple[Tensor, Tensor | None]:
+        x = output if isinstance(output, Tensor) else list(tensors_in(output))[self.point.leaf]
+        return x, next(tensors_in(args)) if self.point.of_block else None
+
+    def _replaced(self, output: Any, gated: Tensor) -> Any:
         return gated if isinstance(output, Tensor) else gates.replace_leaf(output, self.point.leaf, gated)
 
-    def _gate_rows(self, forward: Forward, x: Tensor, source: Tensor | None) -> Tensor:
-        if self.point.rows is None:  # batch mode under torch.compile: one mask for all
-            keep = forward.keep(self.branch, x.device)[0]
-        else:
-            keep = forward.keep(self.branch, x.device)
-            keep = gates.broadcast_rows(keep, x, self.point.rows.axis, self.point.module)
-        if forward.phase is Phase.DROP:
+    def _gate_rows(self, phase: Phase, keep: Tensor, x: Tensor, source: Tensor | None) -> Tensor:
+        rows = self.point.rows
+        # Batch mode, whose mask is the same in all rows, knows no row axis.
+        keep = keep[0] if rows is None else gates.broadcast_rows(keep, x, rows.axis, self.point.module)
+        if phase is Phase.DROP:
             return gates.drop_rows(x, keep, self.keep_prob) if source is None else gates.drop_block(x, source, keep)
         return gates.freeze_rows(x, keep) if source is None else gates.freeze_block(x, source, keep)
 

@@ -1,0 +1,94 @@
+"""`attach`, the function that everything begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rdp import setup
+from rdp.handle import ResidualDropPath
+from rdp.masks import Decay, Mode
+from rdp.options import Compute, Freeze, Native, Options, Select
+from rdp.phases import Phase, Schedule
+
+
+def attach(
+    model: nn.Module,
+    rate: float = 0.1,
+    *,
+    mode: Mode = "row",
+    decay: Decay = "linear",
+    freeze: Freeze = "output",
+    scale_by_keep: bool = False,
+    phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
+    branches: Select = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    native: Native = "error",
+    compute: Compute = "auto",
+    seed: int = 0,
+) -> ResidualDropPath:
+    """Train `model` with Residual DropPath: find its residual branches and gate them by forward hooks.
+
+    Every residual sum computes `y = shortcut(x) + F(x)`. In a DROP step dropped branches contribute nothing; in the
+    FREEZE step after it the same branches, and only they, learn. Code, parameters, buffers and `state_dict` of the
+    model stay as they are, and in eval mode it is the plain network.
+
+    Example::
+
+        handle = rdp.attach(model, rate=0.1)
+        optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+    Args:
+        model: Any module that you call in training as `model(...)`.
+        rate: Drop probability of the deepest branch, in [0, 1). The default is the paper's.
+        mode: "row" draws a mask for every sample, "batch" one for all samples; as in
+            `torchvision.ops.StochasticDepth`.
+        decay: "linear" lets the rate grow from 0 at the first block to `rate` at the last, as timm does; "constant"
+            gives all blocks `rate`. A branch of rate 0 is not gated at all.
+        freeze: What FREEZE stops: "output" the gradient at the branch output (Algorithm 1), so that none passes
+            upstream either; "params" only the parameters (Figure 5 read literally; batch mode only).
+        scale_by_keep: Divide undropped rows by their keep probability in DROP. False, as in the paper's section 4.1;
+            True together with `phases=(Phase.DROP,)` is timm's DropPath.
+        phases: The sequence of phases that repeats, one phase an optimizer step.
+        branches: None takes all that are found. A list of names takes these, and gates modules that were not found,
+            or refused, on your word. A function of (name, module) chooses among those found.
+        example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
+            arguments. Branches are then found at once; by default they are found in the first training forward.
+        native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
+        compute: "auto" runs only the rows that a step needs, wherever that is exact; "dense" always runs all rows.
+        seed: Of the masks, which are independent of the global RNG.
+
+    Returns:
+        The handle: wrap the optimizer with it, save its `state_dict` beside the optimizer's.
+
+    Raises:
+        ArgumentError: If an argument has a value that cannot be used.
+        AttachError: If the model is attached already, scripted, or wrapped in DataParallel.
+        NativeDropPathError: If the model drops paths by itself and `native="error"`.
+        BranchError: If no branch is found (in the first training forward, without `example_inputs`).
+
+    Source: Park (2024), Algorithm 1, https://arxiv.org/abs/2411.09475
+    """
+    options = Options(
+        rate=rate,
+        mode=mode,
+        decay=decay,
+        freeze=freeze,
+        scale_by_keep=scale_by_keep,
+        phases=tuple(Schedule(phases).phases),
+        branches=branches,
+        native=native,
+        compute=compute,
+        seed=seed,
+    )
+    setup.check_model(model, options)
+    handle = ResidualDropPath(model, options)
+    if example_inputs is not None:
+        try:
+            handle.discover(example_inputs)
+        except BaseException:
+            handle.remove()
+            raise
+    return handle

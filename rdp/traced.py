@@ -1,0 +1,64 @@
+"""Masks for compiled models: one opaque operator that decides them at run time, in every call of the compiled graph.
+
+A compiler sees a tensor come out of an operator and a phase that is a constant, so it makes one graph a phase. The
+operator returns its tensor on the CPU: CUDA graphs, which would replay the masks of their recording for ever, leave
+such an operator out.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rdp.handle import ResidualDropPath
+
+_handles: weakref.WeakValueDictionary[int, ResidualDropPath] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("rdp::begin_forward", mutates_args=())
+def begin_forward(x: Tensor, handle: int, branches: int) -> Tensor:
+    """Begin a training forward of the model that `handle` is attached to.
+
+    Args:
+        x: An input of the model, `Tensor[N, ...]`; only its length is used.
+        handle: Key of the handle, from `register`.
+        branches: The number of its branches.
+
+    Returns:
+        Its masks, bool `Tensor[branches, N]` on the CPU.
+    """
+    return _handles[handle]._draw_masks(x.shape[0]).clone()
+
+
+@begin_forward.register_fake
+def _(x: Tensor, handle: int, branches: int) -> Tensor:
+    return torch.empty((branches, x.shape[0]), dtype=torch.bool)
+
+
+def register(handle: ResidualDropPath) -> int:
+    """Make a handle known to the operator; returns its key."""
+    key = id(handle)
+    _handles[key] = handle
+    return key
+
+
+def forget_compiled() -> None:
+    """Drop compiled code: it was made without the hooks that have just been added, or with those just removed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def uncompiled(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that a compiler must not look into, even where it has given up on the caller."""
+    return torch._dynamo.disable(function)(*args) if may_be_compiled() else function(*args)
+
+
+def may_be_compiled() -> bool:
+    """Can a part of a model be compiled in this process?"""
+    return "torch._dynamo" in sys.modules
