@@ -232,6 +232,7 @@ class ResidualDropPath:
                 f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
                 "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
             )
+        self._traced_masks = None
         if self._pauses or not module.training or not torch.is_grad_enabled():
             self._forwards.begin(None)
             return
@@ -261,7 +262,8 @@ class ResidualDropPath:
                 "handle.discover(inputs), so that they are found beforehand"
             )
         x = next(tensor for tensor in tensors_in((args, kwargs)) if tensor.dim())
-        self._traced_masks = traced.begin_forward(x.detach(), self._key, len(self.branches))
+        masks = traced.begin_forward(x.detach(), self._key, len(self.branches))
+        self._traced_masks = masks.to(x.device, non_blocking=True)
 
     def _draw_masks(self, rows: int) -> Tensor:
         """Begin a forward of `rows` rows; its masks."""
@@ -281,6 +283,7 @@ class ResidualDropPath:
 
     def _end_forward(self, output: Any) -> Any:
         forward = self._forwards.end()
+        self._traced_masks = None
         if forward is None or not torch.is_grad_enabled():
             return None
         tensors = list(tensors_in(output))

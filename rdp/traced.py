@@ -33,7 +33,8 @@ def begin_forward(x: Tensor, handle: int, branches: int) -> Tensor:
     Returns:
         Its masks, bool `Tensor[branches, N]` on the CPU.
     """
-    return _handles[handle]._draw_masks(x.shape[0]).clone()
+    masks = _handles[handle]._draw_masks(x.shape[0]).clone()
+    return masks.pin_memory() if x.is_cuda else masks
 
 
 @begin_forward.register_fake

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rdp.branches import Branch, GatePoint, Kind, Refusal
 from rdp.discovery import forwards
 from rdp.discovery.graph import Graph
+from rdp.discovery.ownership import parameters_by_branch
 from rdp.discovery.program import NotIndependent, Program, branch_program
 from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
 from rdp.discovery.seams import Seam, find_seams, parameters_after
@@ -100,7 +101,7 @@ def find_branches(
             candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
     accepted = [c for c in candidates if c.reason is None]
     refused = [c for c in candidates if c.reason is not None and not any(a.encloses(c) for a in accepted)]
-    branches = _branches(graph, model, accepted, [gates[id(c)] for c in accepted], reasons)
+    branches = _branches(graph, accepted, [gates[id(c)] for c in accepted], reasons)
     return Discovery(
         branches,
         tuple(Refusal(c.name, _block(graph, c), c.reason or "") for c in refused),
@@ -242,18 +243,17 @@ def _block(graph: Graph, candidate: _Candidate) -> str:
 
 def _branches(
     graph: Graph,
-    model: nn.Module,
     accepted: list[_Candidate],
     points: list[tuple[GatePoint, ...]],
     dense: Mapping[str, str],
 ) -> tuple[Branch, ...]:
-    parameters = _parameters_by_branch(graph, model, accepted)
+    parameters = parameters_by_branch(graph, [_ends(candidate) for candidate in accepted])
     groups = [_rate_group(graph, candidate) for candidate in accepted]
     depths = {group: depth for depth, group in enumerate(dict.fromkeys(groups))}
     branches = []
     for candidate, gates, names, group in zip(accepted, points, parameters, groups, strict=True):
         sums = max(len(candidate.residuals), 1)
-        notes = [f"{sums} sums share its weights and its mask"] if sums > 1 else []
+        notes = [f"{sums} sums share one module, and so one mask"] if sums > 1 else []
         notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
         notes += [f"dense: {dense[candidate.name]}"] if candidate.name in dense else []
         around = _innermost([i for i, c in enumerate(accepted) if c.encloses(candidate)], accepted)
@@ -273,26 +273,14 @@ def _branches(
     return tuple(branches)
 
 
+def _ends(candidate: _Candidate) -> list[tuple[int | None, int]]:
+    """The sums that take in the branch, each with the value that it takes in; None where the sum is not known."""
+    return [(r.sum, r.branch) for r in candidate.residuals] or [(None, seam.value) for seam in candidate.seams]
+
+
 def _innermost(inside: list[int], accepted: list[_Candidate]) -> list[int]:
     """Of the candidates `inside` which something lies, those that enclose none of the others."""
     return [i for i in inside if not any(accepted[i].encloses(accepted[j]) for j in inside)]
-
-
-def _parameters_by_branch(graph: Graph, model: nn.Module, accepted: list[_Candidate]) -> list[list[str]]:
-    """For each branch the parameters used in it (and not deeper, in a branch inside it) and in no ungated place."""
-    used: dict[str, set[int]] = {name: set() for name, _ in model.named_parameters(remove_duplicate=False)}
-    ungated: set[str] = set()
-    reaching = set().union(*(graph.ancestors(output, 0) for output in graph.trace.root.outputs))
-    for index in reaching or range(len(graph.values)):
-        names = graph.parameters([index]) & used.keys()
-        places = _innermost([i for i, c in enumerate(accepted) if index in c.path], accepted) if names else []
-        for name in names:
-            used[name].update(places)
-        if not places:
-            ungated |= names
-    return [
-        [name for name, places in used.items() if i in places and name not in ungated] for i in range(len(accepted))
-    ]
 
 
 def _rate_group(graph: Graph, candidate: _Candidate) -> str:

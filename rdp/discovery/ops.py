@@ -52,7 +52,9 @@ AFFINE = (
 MIXING = _names("matmul __matmul__ bmm einsum baddbmm softmax scaled_dot_product_attention")
 """Products of two data-dependent values, as in attention."""
 
-UPSAMPLE = _names("interpolate conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle upsample")
+UPSAMPLE = _names(
+    "interpolate conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle upsample repeat_interleave"
+)
 
 BROADCAST = _names("expand repeat tile expand_as broadcast_to repeat_interleave")
 """Turns a learned token into one a row: data from here on."""

@@ -105,12 +105,12 @@ class Trace(TorchFunctionMode):
         self.count: Counter[str] = Counter()
         self._stack: list[Call] = []
         self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
-        self._written: MutableMapping[Tensor, int] = (
-            WeakIdKeyDictionary()
-        )  # storage owner -> value of its last in-place write
+        # storage owner -> value of its last in-place write
+        self._written: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         self._names: dict[int, str] = {}
         for named in (model.named_parameters, model.named_buffers):
-            self._names.update({id(tensor): name for name, tensor in named(remove_duplicate=False)})
+            for name, tensor in named(remove_duplicate=False):
+                self._names.setdefault(id(tensor), name)  # the first of several names, as `parameters()` has it
 
     @property
     def root(self) -> Call:
