@@ -57,7 +57,9 @@ def attach(
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
             arguments. Branches are then found at once; by default they are found in the first training forward.
         native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
-        compute: "auto" runs only the rows that a step needs, wherever that is exact; "dense" always runs all rows.
+        compute: "auto" runs only the rows that a step needs, in branches where that is exact. "rows" does so also in
+            branches with dropout, where it keeps the distribution, but draws fewer numbers from the global RNG than a
+            plain forward. "dense" always runs all rows.
         seed: Of the masks, which are independent of the global RNG.
 
     Returns:

@@ -72,7 +72,8 @@ class Refusal:
     reason: str
 
     def __str__(self) -> str:
-        return f"`{self.name or self.block}`: {self.reason}"
+        where = self.name or self.block
+        return f"{f'`{where}`' if where else 'a sum in the forward of the model itself'}: {self.reason}"
 
 
 def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...]) -> str:

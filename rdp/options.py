@@ -14,7 +14,7 @@ from rdp.phases import Phase, Schedule
 
 Freeze = Literal["output", "params"]
 Native = Literal["error", "off"]
-Compute = Literal["auto", "dense"]
+Compute = Literal["auto", "rows", "dense"]
 Select = Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 _CHOICES = {"mode": Mode, "decay": Decay, "freeze": Freeze, "native": Native, "compute": Compute}

@@ -121,7 +121,7 @@ class BranchOnRows:
         with self._in_replay():
             for step in self.program.steps[:steps]:
                 if isinstance(step.target, str):
-                    args, kwargs = self._filled(step, passing.calls[step.target], env, rows)
+                    args, kwargs = self._filled(step, passing.calls.get(step.target, step.arguments), env, rows)
                     output = self.model.get_submodule(step.target)(*args, **kwargs)
                 else:
                     args, kwargs = self._filled(step, step.arguments, env, rows)

@@ -90,8 +90,15 @@ def choose_branches(
         BranchError: If none is left, or one cannot do what `options` ask.
     """
     by_row = options.mode == "row"
-    on_rows = by_row and options.compute == "auto"
-    found = find_branches(model, args, kwargs, options.named, need_rows=by_row, want_programs=on_rows)
+    found = find_branches(
+        model,
+        args,
+        kwargs,
+        options.named,
+        need_rows=by_row,
+        want_programs=by_row and options.compute != "dense",
+        allow_random=options.compute == "rows",
+    )
     branches = _selected(model, options, found)
     if not branches:
         raise BranchError(_nothing_found(model, options, found))
@@ -103,11 +110,10 @@ def choose_branches(
             RdpWarning,
             stacklevel=2,
         )
-    coupled = [name for name in found.coupled if any(b.name == name for b in branches)]
-    if coupled and by_row:
+    if found.coupled is not None and by_row:
         warnings.warn(
-            f"the rows of a batch influence each other even in eval mode, in {_listed(coupled)}: is the first axis of "
-            "the input the batch? If not, use mode='batch'",
+            f"the rows of a batch influence each other even in eval mode, first in `{found.coupled}`: is the first "
+            "axis of the input the batch? If not, use mode='batch'",
             RdpWarning,
             stacklevel=2,
         )

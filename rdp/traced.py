@@ -57,7 +57,7 @@ def forget_compiled() -> None:
 
 def uncompiled(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function that a compiler must not look into, even where it has given up on the caller."""
-    return torch._dynamo.disable(function)(*args) if may_be_compiled() else function(*args)
+    return torch._dynamo.disable(function)(*args) if may_be_compiled() else function(*args)  # type: ignore[no-untyped-call]
 
 
 def may_be_compiled() -> bool:

@@ -13,11 +13,14 @@ from rdp.branches import Branch, GatePoint, Kind, Refusal
 from rdp.discovery import forwards
 from rdp.discovery.graph import Graph
 from rdp.discovery.ownership import parameters_by_branch
-from rdp.discovery.program import NotIndependent, Program, branch_program
+from rdp.discovery.program import NotIndependent, Program, branch_program, draws_random_numbers
 from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
 from rdp.discovery.seams import Seam, find_seams, parameters_after
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.verify import verify_programs
+
+_COUPLED, _ROUNDING = 1e-2, 1e-4
+"""Relative errors: more than the first shows that rows influence each other; up to the second is rounding."""
 
 _INNER_SHARE = 0.5
 """Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
@@ -31,8 +34,8 @@ class Discovery:
     refused: tuple[Refusal, ...]
     additions: int
     """Number of additions that were looked at."""
-    coupled: tuple[str, ...]
-    """Branches whose rows come out different beside other rows, even in eval mode."""
+    coupled: str | None
+    """The first branch whose rows come out different beside other rows, even in eval mode."""
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
 
@@ -64,6 +67,7 @@ def find_branches(
     named: Sequence[str] = (),
     need_rows: bool = True,
     want_programs: bool = False,
+    allow_random: bool = False,
 ) -> Discovery:
     """Find every residual branch of `model` from forwards of two rows and of one row of the given inputs.
 
@@ -76,6 +80,7 @@ def find_branches(
         named: Modules to gate although they were not found, or refused; the user vouches for them.
         need_rows: Refuse branches on whose output the rows of the batch cannot be located, as row mode must.
         want_programs: Find out which branches can be run on some of the rows.
+        allow_random: Among them also those that draw random numbers in training.
 
     Returns:
         What was found.
@@ -93,7 +98,7 @@ def find_branches(
         programs: dict[str, Program] = {}
         reasons: dict[str, str] = {}
         if want_programs:
-            programs, reasons = _programs(graph, Graph(Trace(model).run(*single)), model, candidates)
+            programs, reasons = _programs(graph, Graph(Trace(model).run(*single)), model, candidates, allow_random)
             reasons |= verify_programs(model, pair, programs, two)
     gates = {id(c): _gate_points(c, two, one) for c in candidates}
     for candidate in candidates:
@@ -106,7 +111,7 @@ def find_branches(
         branches,
         tuple(Refusal(c.name, _block(graph, c), c.reason or "") for c in refused),
         additions=len(residuals) + len(rejected) + len(side_inputs),
-        coupled=tuple(b.name for b in branches if any(_coupled(gate, two, one) for gate in b.gates)),
+        coupled=_coupled(branches, two, one),
         programs={name: program for name, program in programs.items() if name not in reasons},
     )
 
@@ -197,7 +202,7 @@ Outputs = dict[str, list[Tensor]]
 
 
 def _programs(
-    graph: Graph, single: Graph, model: nn.Module, candidates: list[_Candidate]
+    graph: Graph, single: Graph, model: nn.Module, candidates: list[_Candidate], allow_random: bool
 ) -> tuple[dict[str, Program], dict[str, str]]:
     """The branches written as programs, and why the others cannot be."""
     programs: dict[str, Program] = {}
@@ -209,7 +214,10 @@ def _programs(
             if len(candidate.residuals) != 1 or len(candidate.seams) != 1 or candidate.seams[0].of_block:
                 raise NotIndependent("it does not end in one module")
             residual, seam = candidate.residuals[0], candidate.seams[0]
-            programs[candidate.name] = branch_program(graph, single, model, residual, seam)
+            program = branch_program(graph, single, model, residual, seam)
+            if not allow_random and draws_random_numbers(model, program):
+                raise NotIndependent("it has dropout inside, see compute='rows'")
+            programs[candidate.name] = program
         except NotIndependent as why:
             reasons[candidate.name] = str(why)
     return programs, reasons
@@ -224,10 +232,18 @@ def _gate_points(candidate: _Candidate, two: Outputs, one: Outputs) -> tuple[Gat
     return tuple(points.values())
 
 
-def _coupled(gate: GatePoint, two: Outputs, one: Outputs) -> bool:
-    if gate.rows is None:
-        return False
-    return forwards.rows_coupled(two[gate.module][gate.leaf], one[gate.module][gate.leaf], gate.rows)
+def _coupled(branches: tuple[Branch, ...], two: Outputs, one: Outputs) -> str | None:
+    """The first branch in which rows influence each other: there the error jumps; rounding errors grow slowly."""
+    before = 0.0
+    for branch in branches:
+        for gate in branch.gates:
+            if gate.rows is not None:
+                outputs = two[gate.module][gate.leaf], one[gate.module][gate.leaf]
+                error = forwards.row_error(*outputs, gate.rows)
+                if error > _COUPLED and before < _ROUNDING:
+                    return branch.name
+                before = max(before, error)
+    return None
 
 
 def _owner(graph: Graph, candidate: _Candidate) -> Call | None:

@@ -19,8 +19,6 @@ from rdp.discovery.trace import tensors_in
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
-_COUPLED = 1e-2
-
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -39,6 +37,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model.train(training[0][1])  # lets modules drop what they cached for eval
         for module, was_training in training:
             module.training = was_training
+
+
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Within `undisturbed`: train mode, but for norms with running statistics; buffers are put back afterwards."""
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    generator = torch.get_rng_state()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
+    try:
+        yield
+    finally:
+        model.eval()
+        torch.set_rng_state(generator)
+        for buffer, version, old in buffers:
+            if buffer._version != version:
+                buffer.copy_(old)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -91,11 +106,10 @@ def row_axis(pair: Tensor, single: Tensor) -> RowAxis | None:
     return RowAxis(differing[0], single.shape[differing[0]])
 
 
-def rows_coupled(pair: Tensor, single: Tensor, where: RowAxis) -> bool:
-    """Does the first row come out different beside a second one? Then `where` is not an axis of independent rows."""
+def row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:
+    """How much the first row differs beside a second one, relative to the largest number in it."""
     if pair.is_meta or not pair.is_floating_point():
-        return False
+        return 0.0
     first = pair.narrow(where.axis, 0, where.fold).double()
-    alone = single.double()
-    scale = alone.abs().max()
-    return bool(((first - alone).abs().max() > _COUPLED * scale + 1e-12).item())
+    error = (first - single.double()).abs().max()
+    return float(error / single.double().abs().max().clamp_min(1e-300))

@@ -33,6 +33,8 @@ COMMUTES = VIEW | SLICE | SCALE | GATHER
 KEEPS_ZERO = _names("relu relu_ gelu silu tanh leaky_relu hardswish mish elu relu6")
 """f(0) == 0: commutes with masks of zeros and ones, not with rescaled ones."""
 
+DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout")
+
 ADD = _names("add add_ addcmul addcmul_ __add__ __iadd__ __radd__")
 CONCATENATE = _names("cat concat stack")
 

@@ -32,11 +32,13 @@ class Step:
         target: Qualified name of a module, or a function.
         arguments: With `Ref` for values of this program and `Rows`, `Named`, `Outside` for the rest.
         outputs: The values that its output tensors are; None for those not needed.
+        silent: A module that passes its only argument through in eval mode, such as Dropout.
     """
 
     target: str | Callable[..., Any]
     arguments: Arguments
     outputs: tuple[int | None, ...]
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Program:
 
     @property
     def later_modules(self) -> list[str]:
-        """The other modules that are called, in order."""
-        return [step.target for step in self.steps[1:] if isinstance(step.target, str)]
+        """The other modules that are called, in order, but for silent ones, which cannot be called otherwise."""
+        return [step.target for step in self.steps[1:] if isinstance(step.target, str) and not step.silent]
 
     @property
     def fits_any_shape(self) -> bool:
@@ -99,6 +101,9 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     aside = {user for i in path - {seam.value} for user in graph.values[i].users} - path
     if graph.reaches_output(aside, around=()):
         raise NotIndependent("its modules serve something else too")
+    around = graph.owners(residual.sum)
+    if any(value in path and caller in around for value, caller in graph.trace.dropouts):
+        raise NotIndependent("a bare function applies dropout")
     writer = _Writer(graph, single, residual, path)
     for item in _sequence(graph, residual, path):
         writer.write(item)
@@ -107,7 +112,7 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     axes: dict[int, RowAxis] = {}
     for step in steps:
         if isinstance(step.target, str):
-            _check_module(graph, model, step.target)
+            _check_module(graph, model, step.target, once=not step.silent)
             for leaf in leaves(step.arguments):
                 if isinstance(leaf, Ref):
                     axes[leaf.value] = _needed_row_axis(graph, single, leaf.value)
@@ -143,7 +148,20 @@ def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | i
         item: Call | int = inner[-1] if inner else index
         if item not in sequence:
             sequence.append(item)
-    return sequence
+    # Modules that pass their input through in eval mode, such as Dropout, made no value but are called all the same.
+    silent = [
+        call
+        for call in graph.trace.calls
+        if call.parent in around and call not in around and _passes_through(call, path) and call.end <= residual.sum
+    ]
+    # A silent call is over when the next value is made.
+    when = [(call.begin, 0) for call in silent] + [(i.begin if isinstance(i, Call) else i, 1) for i in sequence]
+    order = sorted(range(len(when)), key=when.__getitem__)
+    return [[*silent, *sequence][i] for i in order]
+
+
+def _passes_through(call: Call, path: set[int]) -> bool:
+    return call.begin == call.end and call.outputs[:1] == call.inputs[:1] and bool(path & set(call.outputs))
 
 
 class _Writer:
@@ -160,7 +178,8 @@ class _Writer:
             twin = next(c for c in self.single.trace.calls if c.name == item.name and c.ordinal == item.ordinal)
             arguments = self._merge(item.arguments, twin.arguments, in_module=True)
             outputs = tuple(i if i in self.inside else None for i in item.outputs)
-            self.steps.append(Step(item.name, arguments, outputs))
+            silent = _passes_through(item, self.inside) and len(list(leaves(arguments))) == 1
+            self.steps.append(Step(item.name, arguments, outputs, silent))
             return
         recipe, twin_recipe = self.graph.values[item].recipe, self.single.values[item].recipe
         if recipe is None or twin_recipe is None:
@@ -229,8 +248,20 @@ def _needed_row_axis(graph: Graph, single: Graph, index: int) -> RowAxis:
     return axis
 
 
-def _check_module(graph: Graph, model: nn.Module, name: str) -> None:
-    if graph.trace.count[name] > 1:
+def draws_random_numbers(model: nn.Module, program: Program) -> bool:
+    """Has a module of the branch a dropout probability above 0? Then it would draw fewer numbers on fewer rows."""
+    for name in [step.target for step in program.steps if isinstance(step.target, str)]:
+        for module in model.get_submodule(name).modules():
+            # Attention passes a float of its own to the function, so modules of class Dropout are not all there is.
+            chances = [value for key, value in vars(module).items() if "drop" in key.lower()]
+            chances += [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+            if any(isinstance(chance, float) and chance > 0 for chance in chances):
+                return True
+    return False
+
+
+def _check_module(graph: Graph, model: nn.Module, name: str, once: bool) -> None:
+    if once and graph.trace.count[name] > 1:
         raise NotIndependent(f"`{name}` is called several times")
     for module in model.get_submodule(name).modules():
         # Also the instance norms that keep running statistics.

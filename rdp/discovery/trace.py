@@ -95,6 +95,7 @@ class Trace(TorchFunctionMode):
         values: Every `Value`, in order of creation.
         calls: Every module `Call`, in order of entry; the first is the model's own.
         count: Number of calls of each module name.
+        dropouts: The values that dropout was applied to, which changes nothing in eval mode, and the callers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,6 +104,7 @@ class Trace(TorchFunctionMode):
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.count: Counter[str] = Counter()
+        self.dropouts: list[tuple[int, Call]] = []
         self._stack: list[Call] = []
         self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
         # storage owner -> value of its last in-place write
@@ -162,6 +164,8 @@ class Trace(TorchFunctionMode):
         if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
             name = "alias"  # the first addition of Python's sum([...])
         arguments = self._recorded(tuple(args)), self._recorded(dict(kwargs))
+        if name in ops.DROPOUT and self._stack and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)):
+            self.dropouts.append((inputs[0], self._stack[-1]))
         output = func(*args, **kwargs)
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
         for leaf, tensor in enumerate([*tensors_in(output), *given]):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdp.discovery.forwards import Inputs
-from rdp.discovery.program import Program
+from rdp.discovery.forwards import Inputs, as_in_training, observe
+from rdp.discovery.program import Program, draws_random_numbers
 from rdp.discovery.trace import tensors_in
 from rdp.gates import replace_leaf
 from rdp.rows import BranchOnRows, Split
@@ -37,9 +37,22 @@ def verify_programs(
     Returns:
         By name, why a branch failed; empty if all are exact.
     """
-    failed: dict[str, str] = {}
     if any(p.is_meta for p in model.parameters()):
         return dict.fromkeys(programs, "not verified on meta tensors")
+    failed = _verify(model, pair, programs, expected)
+    # Code that only runs in training would be missing from the programs; where it draws random numbers, nothing can
+    # be compared.
+    exact = {name: p for name, p in programs.items() if name not in failed and not draws_random_numbers(model, p)}
+    with as_in_training(model):
+        expected = observe(model, pair, exact)
+    with as_in_training(model):
+        return failed | _verify(model, pair, exact, expected)
+
+
+def _verify(
+    model: nn.Module, pair: Inputs, programs: Mapping[str, Program], expected: Mapping[str, list[Tensor]]
+) -> dict[str, str]:
+    failed: dict[str, str] = {}
     while remaining := {name: program for name, program in programs.items() if name not in failed}:
         entered: list[str] = []
         try:
