@@ -1,0 +1,35 @@
+"""Pictures of feature reuse, as images and live in TensorBoard. Needs the extra `residual-droppath[tensorboard]`.
+
+`Panels` logs an attached model from any training loop; `feature_panel`, `similarity_panel`, `training_panel` and
+`comparison_panel` draw one image each. Nothing else in the library draws.
+"""
+
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+    import PIL as _pil  # noqa: F401
+    import tensorboard as _tensorboard  # type: ignore[import-untyped]  # noqa: F401
+except ImportError as _error:
+    raise ImportError(
+        f"rdp.tensorboard needs {_error.name}; install it with: pip install 'residual-droppath[tensorboard]'"
+    ) from _error
+
+from rdp.tensorboard.charts import History, comparison_panel, similarity_panel, training_panel
+from rdp.tensorboard.colors import Image
+from rdp.tensorboard.events import png
+from rdp.tensorboard.feature_panel import Layer, feature_panel
+from rdp.tensorboard.maps import evenly, node_maps
+from rdp.tensorboard.panels import Panels
+
+__all__ = [
+    "History",
+    "Image",
+    "Layer",
+    "Panels",
+    "comparison_panel",
+    "evenly",
+    "feature_panel",
+    "node_maps",
+    "png",
+    "similarity_panel",
+    "training_panel",
+]

@@ -1,0 +1,282 @@
+"""The paper's spiral probe: does a residual MLP reuse its features, under standard training, DropPath and RDP?
+
+    python recipes/spiral_mlp.py                            # half a minute on a laptop, all three algorithms
+    python recipes/spiral_mlp.py --preset paper-large       # section 3.1 of the paper: depth 32, 1000 epochs
+    python recipes/spiral_mlp.py --depth 12 --epochs 50 --algorithm rdp
+
+Prints the test accuracies side by side, writes what TensorBoard shows and the same pictures as PNG, and says where.
+A run that was stopped goes on with `--resume FOLDER`.
+
+Source: section 3.1 of Park (2024), https://arxiv.org/abs/2411.09475
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from tqdm import tqdm
+
+import rdp
+from rdp.analysis import FeatureReuse, extract_features, feature_reuse, grid, spiral
+from rdp.tensorboard import Panels
+
+GRID = 50
+"""Side of the grid of points on which features are compared and drawn."""
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "standard": {"phases": (rdp.Phase.PLAIN,)},
+    "droppath": {"phases": (rdp.Phase.DROP,), "scale_by_keep": True},
+    "rdp": {"phases": (rdp.Phase.DROP, rdp.Phase.FREEZE)},
+}
+"""What `rdp.attach` is told."""
+
+
+Snapshots = dict[int, dict[str, Tensor]]
+"""The model's state at the beginning of some epochs."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a residual MLP on two spirals. The defaults are those of --preset quick."""
+
+    preset: Literal["quick", "paper-small", "paper-large"] = "quick"
+    """quick: half a minute. paper-small, paper-large: section 3.1 as it stands; minutes and an hour."""
+    algorithm: Literal["standard", "droppath", "rdp", "all"] = "all"
+    """standard: plain. droppath: drop rows and rescale. rdp: drop and freeze in turn."""
+    rate: float = 0.1
+    """Drop rate of the last layer; it grows linearly from 0 at the first."""
+    depth: int = 6
+    """Number of residual layers."""
+    width: int = 6
+    """Nodes of a layer."""
+    epochs: int = 20
+    """Passes over the training points."""
+    batch_size: int = 256
+    """Points in an optimizer step."""
+    lr: float = 0.03
+    """Learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Coefficients of Adam's running averages."""
+    anneal: bool = True
+    """Let the learning rate fall to 0 along a cosine; the paper keeps it constant."""
+    samples: int = 16_384
+    """Training points, and as many new ones for the test."""
+    seed: int = 0
+    """Of weights, points, their order and the masks."""
+    pictures: int = 4
+    """Pictures drawn during training; TensorBoard's slider replays them."""
+    whole: bool = False
+    """Show every layer and node in the pictures, not 6 of each: 32 x 65 cells for paper-large."""
+    device: str = "cpu"
+    """Where to train; networks as small as these are fastest on the CPU."""
+    out: Path | None = None
+    """Folder for everything that is written; default: runs/spiral_mlp/DATE."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its settings."""
+
+
+PRESETS = {
+    "quick": Config(),
+    "paper-small": Config(preset="paper-small", depth=6, width=6, epochs=1000, lr=0.1, anneal=False, pictures=20),
+    "paper-large": Config(preset="paper-large", depth=32, width=32, epochs=1000, lr=0.1, anneal=False, pictures=20),
+}
+
+
+class ResidualMLP(nn.Module):
+    """`depth` layers `x + gelu(linear(x))`; the input is padded with zeros to `width`, so that every layer has a
+    shortcut and the network could carry its input to the end in identity form.
+    """
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth))
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Class logits, `Tensor[N, 2]`, of points, `Tensor[N, 2]`."""
+        x = pad(points, (0, self.width - 2))
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training gave."""
+
+    accuracy: float
+    reuse: FeatureReuse
+    seconds: float
+
+
+def train(algorithm: str, config: Config, folder: Path) -> Result:
+    """Train with one algorithm, or go on from the checkpoint in `folder`; log and draw into it."""
+    torch.manual_seed(config.seed)
+    model = ResidualMLP(config.depth, config.width).to(config.device)
+    points, labels = (t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed))
+    test_set = [t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed + 1)]
+    settings = ALGORITHMS[algorithm]
+    handle = rdp.attach(model, config.rate, seed=config.seed, example_inputs=points, **settings)
+    optimizer = handle.wrap(torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas))
+    batches = max(len(points) // config.batch_size, 1)
+    steps = config.epochs * batches
+    last_lr = 0.0 if config.anneal else config.lr
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=last_lr)
+    parts = {"model": model, "optimizer": optimizer, "handle": handle, "schedule": schedule}
+    first_epoch, snapshots = load_checkpoint(folder, parts)
+    picture_every = max(config.epochs // max(config.pictures, 1), 1)
+    started = saved = time.monotonic()
+    shown = None if config.whole else 6
+    with (
+        tqdm(total=steps, initial=first_epoch * batches, desc=f"{algorithm:8}", unit="step", mininterval=0.2) as bar,
+        Panels(
+            handle,
+            grid(GRID).to(config.device),
+            folder,
+            grid_size=GRID,
+            points=points,
+            labels=labels,
+            images_every=picture_every * batches,
+            max_layers=shown,
+            max_nodes=shown,
+            name=algorithm,
+        ) as panels,
+    ):
+        for epoch in range(first_epoch, config.epochs):
+            if epoch % picture_every == 0:
+                snapshots[epoch] = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+            # A function of seed and epoch alone, so that a resumed run sees the same batches.
+            generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+            order = torch.randperm(len(points), generator=generator).to(config.device)
+            for batch in order[: batches * config.batch_size].tensor_split(batches):
+                loss = cross_entropy(model(points[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                panels.log(handle.step_count, loss=loss)
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            accuracy = test(model, *test_set)
+            panels.metrics(handle.step_count, accuracy=accuracy)
+            bar.set_postfix_str(f"test accuracy {accuracy:.2%}")
+            if time.monotonic() - saved > 10 or epoch + 1 == config.epochs:
+                save_checkpoint(folder, epoch + 1, config, algorithm, parts, snapshots)
+                saved = time.monotonic()
+        panels.draw(handle.step_count)
+        panels.save(folder)
+    features = extract_features(handle, grid(GRID).to(config.device))
+    return Result(test(model, *test_set), feature_reuse(list(features.values())), time.monotonic() - started)
+
+
+@torch.no_grad()
+def test(model: nn.Module, points: Tensor, labels: Tensor) -> float:
+    """The fraction of points that the plain model puts into their class."""
+    model.eval()
+    right = (model(points).argmax(dim=1) == labels).float().mean().item()
+    model.train()
+    return right
+
+
+def save_checkpoint(
+    folder: Path, epoch: int, config: Config, algorithm: str, parts: dict[str, Any], snapshots: Snapshots
+) -> None:
+    """Write all that the rest of the run and `tools/figures.py` need; the old file stays until the new one is whole."""
+    settings = {name: getattr(config, name) for name in ("depth", "width", "samples", "seed", "rate")}
+    state = {"epoch": epoch, "algorithm": algorithm, "snapshots": snapshots, **settings}
+    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, folder / "checkpoint.tmp")
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def load_checkpoint(folder: Path, parts: dict[str, Any]) -> tuple[int, Snapshots]:
+    """Put the checkpoint in `folder`, if there is one, into the parts; return the number of epochs done, and the
+    snapshots made in them.
+    """
+    if not (folder / "checkpoint.pt").exists():
+        return 0, {}
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["epoch"], state["snapshots"]
+
+
+def configure(args: Sequence[str] | None = None) -> Config:
+    """Read the command line: the preset, and over it whatever else is given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="quick")
+    preset = first.parse_known_args(args)[0].preset
+    config = tyro.cli(Config, args=args, default=PRESETS[preset], description=__doc__)
+    for name in ("depth", "epochs", "batch_size", "samples"):
+        if getattr(config, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1; got {getattr(config, name)}")
+    if config.width < 2:
+        raise SystemExit(f"--width must be at least 2, for the two coordinates of a point; got {config.width}")
+    return config
+
+
+def open_run(config: Config) -> tuple[Config, Path]:
+    """The folder of the run, with its settings written into it, or read from it with --resume."""
+    if config.resume is not None:
+        try:
+            settings = json.loads((config.resume / "config.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise SystemExit(f"{config.resume} is no folder of a run to go on with: {error}") from error
+        return Config(**settings | {"betas": tuple(settings["betas"])}), config.resume
+    folder = config.out or Path("runs", "spiral_mlp", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    if (folder / "config.json").exists():
+        raise SystemExit(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    except OSError as error:
+        raise SystemExit(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    return config, folder
+
+
+def report(results: dict[str, Result], config: Config, folder: Path) -> str:
+    """What is printed at the end."""
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    lines = [f"{'':10}{'test accuracy':>14}{'reused':>9}{'recreated':>11}{'seconds':>9}"]
+    for algorithm, r in results.items():
+        lines.append(
+            f"{algorithm:10}{r.accuracy:>14.2%}{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}{r.seconds:>9.1f}"
+        )
+    lines.append("(reused, recreated: the two parts of the similarity between layers, see docs/feature_reuse.md)\n")
+    lines.append(f"Pictures    {folder}/*/*.png, such as {folder / next(iter(results)) / 'features_nodes.png'}")
+    lines.append(f"TensorBoard {python} -m tensorboard.main --logdir {folder}, then open http://localhost:6006")
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Result]:
+    """Run the recipe and print its report."""
+    config, folder = open_run(configure(args))
+    torch.set_num_threads(1)  # a layer of this size is done before a second thread has woken up
+    algorithms = list(ALGORITHMS) if config.algorithm == "all" else [config.algorithm]
+    print(f"depth {config.depth}, width {config.width}, {config.epochs} epochs of {config.samples} points")
+    try:
+        results = {name: train(name, config, folder / name) for name in algorithms}
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; go on with --resume {folder}") from None
+    except rdp.RdpError as error:
+        raise SystemExit(str(error)) from error
+    print(report(results, config, folder))
+    return results
+
+
+if __name__ == "__main__":
+    main()
