@@ -1,0 +1,108 @@
+"""Random crops and flips as pure functions of (seed, epoch, sample), computed for a whole batch at a time.
+
+No generator is consumed: every random number is a hash of what it is for. So neither the loader, nor the number of
+workers, nor where a run was resumed changes an image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+TRIES = 10  # of a random box that fits, before the centre is taken; torchvision's number
+DRAWS = 3 + 4 * TRIES  # random numbers that a sample can use: flip, two offsets, boxes
+
+
+def uniforms(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Random numbers of samples, uniform in [0, 1), `float64[N, DRAWS]`.
+
+    Source: SplitMix64 (Steele, Lea and Flood 2014), used as a counter-based generator.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    key = _mix(_mix(np.array([seed], np.uint64) * step) + np.array([epoch], np.uint64) * step)
+    sample = _mix(key + indices.astype(np.uint64) * step)
+    draw = _mix(sample[:, None] + np.arange(1, DRAWS + 1, dtype=np.uint64) * step)
+    return (draw >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def flip_(images: Tensor, draws: NDArray[np.float64]) -> Tensor:
+    """Mirror half of the images left to right, in place.
+
+    Args:
+        images: `Tensor[N, C, H, W]`.
+        draws: of `uniforms`, for these samples.
+    """
+    mirrored = torch.from_numpy(np.flatnonzero(draws[:, 0] < 0.5)).to(images.device)
+    images[mirrored] = images[mirrored].flip(-1)
+    return images
+
+
+def crop(images: Tensor, draws: NDArray[np.float64], padding: int = 4) -> Tensor:
+    """Pad with black and cut each image out again at a random place, the standard augmentation of CIFAR.
+
+    Args:
+        images: `Tensor[N, C, H, W]`.
+        draws: of `uniforms`, for these samples.
+        padding: pixels at each side; 4 since He et al. 2015, section 4.2.
+    """
+    height, width = images.shape[-2:]
+    top, left = torch.from_numpy((draws[:, 1:3] * (2 * padding + 1)).astype(np.int64)).to(images.device).unbind(1)
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def random_boxes(
+    draws: NDArray[np.float64],
+    heights: ArrayLike,
+    widths: ArrayLike,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> NDArray[np.int64]:
+    """Boxes of a random-resized-crop.
+
+    Args:
+        draws: of `uniforms`, for these samples.
+        heights: of the images in pixels, `[N]`.
+        widths: of the images in pixels, `[N]`.
+        scale: range of the box's share of the area.
+        ratio: range of its width over its height.
+
+    Returns:
+        Top, left, height and width of each box, `int64[N, 4]`.
+
+    Source: Szegedy et al. 2015, section 6; the same rule as torchvision's `RandomResizedCrop`.
+    """
+    full_h, full_w = np.asarray(heights, np.float64)[:, None], np.asarray(widths, np.float64)[:, None]
+    area_draw, ratio_draw, top_draw, left_draw = draws[:, 3:].reshape(len(draws), 4, TRIES).transpose(1, 0, 2)
+    area = full_h * full_w * (scale[0] + area_draw * (scale[1] - scale[0]))
+    aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
+    height, width = np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))
+    top, left = np.floor(top_draw * (full_h - height + 1)), np.floor(left_draw * (full_w - width + 1))
+
+    fits = (height > 0) & (height <= full_h) & (width > 0) & (width <= full_w)
+    first = fits.argmax(axis=1)
+    boxes = np.stack([top, left, height, width], axis=-1)[np.arange(len(draws)), first]
+
+    # No try fits a very long image: its largest central box of an allowed ratio.
+    central_h, central_w = (
+        np.minimum(full_h, np.round(full_w / ratio[0])),
+        np.minimum(full_w, np.round(full_h * ratio[1])),
+    )
+    central = np.concatenate([(full_h - central_h) // 2, (full_w - central_w) // 2, central_h, central_w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], boxes, central).astype(np.int64)
+
+
+def central_boxes(heights: ArrayLike, widths: ArrayLike, share: float) -> NDArray[np.int64]:
+    """The central square of each image, `share` of its shorter side wide, as `random_boxes` returns boxes."""
+    full_h, full_w = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    side = np.maximum(1, np.round(np.minimum(full_h, full_w) * share).astype(np.int64))
+    return np.stack([(full_h - side) // 2, (full_w - side) // 2, side, side], axis=1)

@@ -1,0 +1,161 @@
+"""The data sets of the recipes, and readers of the small ones: their own files to arrays."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+
+Split = Literal["train", "test"]
+MNIST10K = Path(__file__).with_name("mnist10k.npz")
+MNIST10K_TRAIN = 8500  # the other 1,500 are the test split; the file was shuffled once when it was made
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a recipe must know of a data set before it opens one."""
+
+    name: str
+    channels: int
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+    classes: int | None = None  # None: as many as the data has
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A split in memory: images `uint8[samples, C, H, W]` and labels `int64[samples]`."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+_DIGITS = {"channels": 1, "resolution": 28, "mean": (0.1307,), "std": (0.3081,), "augment": "none", "classes": 10}
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        DataSet(name="mnist10k", **_DIGITS),
+        DataSet(name="mnist", **_DIGITS),
+        DataSet(name="fashion-mnist", **(_DIGITS | {"mean": (0.2860,), "std": (0.3530,)})),
+        DataSet("cifar10", 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "crop-flip", 10),
+        DataSet("imagenet", 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "resized-crop-flip"),
+    )
+}
+
+
+def find_dataset(name: str) -> DataSet:
+    """The data set of that name."""
+    if name not in DATASETS:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def read_arrays(name: str, split: Split, data_dir: str | Path | None = None, download: bool = False) -> Arrays:
+    """Read a split of a small data set into memory.
+
+    Args:
+        name: "mnist10k", "mnist", "fashion-mnist" or "cifar10".
+        split: "train" or "test".
+        data_dir: where its files lie, as torchvision lays them out or, for IDX files, directly.
+        download: let torchvision fetch them if they are not there.
+
+    Raises:
+        DataError: a file is missing, cut short or not what its name says.
+    """
+    if name == "mnist10k":
+        return _read_mnist10k(split)
+    if data_dir is None:
+        raise DataError(f"{name} is read from files: say where they are with --data-dir (add --download to fetch them)")
+    if name == "cifar10":
+        return _read_cifar10(split, Path(data_dir), download)
+    return _read_digits(name, split, Path(data_dir), download)
+
+
+def _read_mnist10k(split: Split) -> Arrays:
+    with np.load(MNIST10K) as file:
+        images, labels = file["images"][:, None], file["labels"].astype(np.int64)
+    part = slice(MNIST10K_TRAIN) if split == "train" else slice(MNIST10K_TRAIN, None)
+    return Arrays(images[part], labels[part])
+
+
+def _read_cifar10(split: Split, data_dir: Path, download: bool) -> Arrays:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        cifar = CIFAR10(str(data_dir), train=split == "train", download=download)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise DataError(
+            f"CIFAR-10 cannot be read from {data_dir} ({_sentence(error)}); "
+            "add --download to fetch it, or put cifar-10-batches-py there"
+        ) from error
+    return Arrays(np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.asarray(cifar.targets, np.int64))
+
+
+def _read_digits(name: str, split: Split, data_dir: Path, download: bool) -> Arrays:
+    folder = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]
+    stem = {"train": "train", "test": "t10k"}[split]
+    if download:
+        from torchvision import datasets
+
+        try:
+            getattr(datasets, folder)(str(data_dir), download=True)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{name} cannot be downloaded into {data_dir} ({_sentence(error)})") from error
+    places = (data_dir, data_dir / folder / "raw")
+    images_path, labels_path = (_find(places, f"{stem}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise DataError(
+            f"{images_path} holds {_shape(images)} values and {labels_path} {_shape(labels)}; "
+            "expected as many labels as images"
+        )
+    if images.shape[1:] != (28, 28):
+        raise DataError(f"{images_path} holds images of {_shape(images[0])} pixels; {name} has 28 x 28")
+    if labels.max(initial=0) > 9 or len(np.unique(labels)) < 2:
+        raise DataError(f"{labels_path} holds labels {np.unique(labels).tolist()}; {name} has 0 to 9")
+    return Arrays(images[:, None], labels.astype(np.int64))
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Read an array of bytes from an IDX file, gzipped or not.
+
+    Source: the file format of the MNIST database (LeCun, Cortes and Burges 1998).
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({_sentence(error)}); fetch it again") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
+        raise DataError(f"{path} is not an IDX file of bytes; fetch it again")
+    start = 4 + 4 * data[3]
+    shape = np.frombuffer(data[4:start], ">u4").astype(int)
+    if len(data) - start != shape.prod():
+        raise DataError(f"{path} holds {len(data) - start} values where its header says {shape.prod()}; fetch it again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+
+
+def _find(places: tuple[Path, ...], name: str) -> Path:
+    for path in (place / file for place in places for file in (name, f"{name}.gz")):
+        if path.is_file():
+            return path
+    raise DataError(f"{name}(.gz) is neither in {places[0]} nor in {places[1]}; add --download to fetch it")
+
+
+def _shape(array: NDArray[np.uint8]) -> str:
+    return " x ".join(map(str, array.shape))
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
