@@ -1,0 +1,97 @@
+"""Checkpoints that survive being killed while they are written.
+
+A checkpoint is `epoch-003-step-00120-1a2b3c4d5e6f7081.pt`: where the run stood, and the start of the SHA-256 of its
+bytes (the custom of torch.hub), so a damaged file is noticed and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import RunError
+from engine.files import write_atomically
+
+KEEP = 2  # the newest, and one good one to fall back on
+_NAME = re.compile(r"epoch-(?P<epoch>\d+)-step-(?P<step>\d+)-(?P<digest>[0-9a-f]{16})\.pt")
+
+
+def save(folder: Path, state: dict[str, Any], epoch: int, step: int) -> Path:
+    """Write a checkpoint and remove those that it makes superfluous.
+
+    Args:
+        folder: made if it is not there.
+        state: tensors, numbers, strings, and lists, tuples and dicts of them.
+        epoch: the epoch that the run is in.
+        step: optimizer steps done in this epoch.
+
+    Returns:
+        The new file.
+
+    Raises:
+        RunError: it cannot be written; the checkpoints before it are untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"epoch-{epoch:03d}-step-{step:05d}-{digest}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+        before = [old for old in find(folder) if old != path]
+        write_atomically(path, content)
+    except OSError as error:
+        raise RunError(
+            f"cannot write a checkpoint of {len(content) / 1e6:.0f} MB to {folder}: {error.strerror}; "
+            "what was saved before is untouched: make room, then go on with --resume"
+        ) from error
+    for old in before[: len(before) - (KEEP - 1)]:
+        old.unlink()
+    return path
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        folder: where `save` wrote.
+
+    Returns:
+        The state, with its tensors on the CPU; None if no checkpoint was ever written.
+
+    Raises:
+        RunError: there are checkpoints and none is whole.
+    """
+    paths = find(folder)
+    for path in reversed(paths):
+        try:
+            return _read(path)
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            warnings.warn(f"skipping the damaged checkpoint {path}: {error}", stacklevel=2)
+    if paths:
+        raise RunError(f"all {len(paths)} checkpoints in {folder} are damaged: remove the folder and start again")
+    return None
+
+
+def find(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    found = [(path, match) for path in folder.glob("epoch-*.pt") if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda item: (int(item[1]["epoch"]), int(item[1]["step"]), item[0].stat().st_mtime_ns))
+    return [path for path, _ in found]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    match = _NAME.fullmatch(path.name)
+    if match is None or hashlib.sha256(content).hexdigest()[:16] != match["digest"]:
+        raise ValueError("its content does not match the checksum in its name")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,213 @@
+"""The settings that all recipes share, typed; a recipe derives its own dataclass and changes the defaults.
+
+    @dataclass(frozen=True)
+    class MnistConfig(Config):
+        epochs: int = 20
+
+    config = parse(MnistConfig)      # from the command line; `--help` is made from the comments below
+
+"paper" is Park 2024, section 4. What it leaves open has the default of timm's training script (timm 1.0, `train.py`),
+marked "timm".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import tyro
+from data.loader import Augment, LoaderChoice
+
+from engine.errors import RunError
+
+Algorithm = Literal["standard", "droppath", "rdp"]
+
+# What may differ between a run and its resumption: where and for how long it runs, never what it computes.
+FREE_ON_RESUME = frozenset(
+    {"resume", "seeds", "seed", "out", "data_dir", "download", "workers", "checkpoint_minutes", "progress"}
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run."""
+
+    # Model and algorithm.
+    model: str = "resnet50"
+    """Any timm model, such as resnet50 or resnet50d (paper)."""
+    small_stem: bool = False
+    """Give a ResNet a 3x3 stem of stride 1 without pooling, the custom for 32x32 images; the paper does not name it."""
+    algorithm: Algorithm = "rdp"
+    """standard: plain. droppath: drop and rescale, as timm's DropPath. rdp: drop and freeze in turn, no rescaling."""
+    mode: Literal["row", "batch"] = "row"
+    """row: a mask per sample (paper, timm). batch: one for the whole batch, which saves compute."""
+    rate: float = 0.1
+    """Drop rate of the deepest block; it grows linearly from 0 at the first block (paper, timm)."""
+    match: Literal["steps", "cost"] = "steps"
+    """steps: every algorithm gets the same epochs. cost: the FLOPs of standard, so cheaper steps get more epochs."""
+
+    # Data.
+    dataset: str = "mnist10k"
+    """Name of the data set."""
+    data_dir: Path = Path("data")
+    """Where the data set lies."""
+    download: bool = False
+    """Let torchvision download the data set into data_dir if it is not there."""
+    loader: LoaderChoice = "auto"
+    """ffcv reads a .beton file (tools/write_beton.py), torch the data set's own files; auto takes FFCV if it can."""
+    augment: Augment = "auto"
+    """Augmentation of the training images; auto is the data set's usual one."""
+    limit: int | None = None
+    """Train on a fixed random subset of this many images."""
+    workers: int | None = None
+    """Loader threads or processes; default: the CPUs there are."""
+
+    # Optimization.
+    epochs: int = 300
+    """Passes over the training set (timm)."""
+    batch_size: int = 128
+    """Images in an optimizer step, over all devices and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches in an optimizer step (gradient accumulation)."""
+    optimizer: str = "sgd"
+    """Any optimizer of timm; sgd has Nesterov momentum (timm)."""
+    lr: float | None = None
+    """Peak learning rate; default: 0.1 for every 256 images of the batch (timm), which is 0.05 at 128."""
+    momentum: float = 0.9
+    """Momentum of sgd (timm)."""
+    weight_decay: float = 2e-5
+    """Weight decay, of matrices and kernels only, not of biases and norms (timm)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to zero, step by step (timm: cosine)."""
+    warmup_epochs: float = 5.0
+    """Epochs in which the learning rate grows linearly from 1e-5 (timm)."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the training loss (timm)."""
+    clip_grad: float | None = None
+    """Clip the norm of the gradient to this; default: no clipping (timm)."""
+    ema: float | None = None
+    """Keep an exponential moving average of the weights with this decay, and test it too; timm's decay is 0.9998."""
+    test_flip: bool = False
+    """Test on the mean of the logits of an image and its mirror image."""
+
+    # Machine.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    devices: int = 1
+    """How many devices, one process each; 0 takes every visible GPU. Under torchrun, torchrun decides."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision."""
+    channels_last: bool = False
+    """Store images and kernels with channels last, faster on GPUs with tensor cores."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer state over the devices (FSDP2), for models that outgrow one."""
+
+    # The run.
+    seeds: int = 5
+    """How many runs, with the seeds `seed`, `seed + 1`, ... (paper: 5)."""
+    seed: int = 0
+    """The first seed."""
+    out: Path | None = None
+    """Results folder; default: results/DATASET/MODEL/ALGORITHM."""
+    resume: bool = False
+    """Go on with the run in the results folder, from its last good checkpoint; finished seeds are left alone."""
+    checkpoint_minutes: float = 10.0
+    """Write a checkpoint this often, besides at the end of each epoch and on SIGTERM and SIGINT."""
+    panels: int = 0
+    """Draw TensorBoard pictures of feature reuse and masks every N steps, about a second each; 0: none."""
+    progress: bool = True
+    """Show a progress bar with throughput and time left."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            RunError: a setting is out of its range, named with its value.
+        """
+        for name in ("epochs", "batch_size", "accumulate", "seeds"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_epochs", "seed", "devices", "momentum", "panels"):
+            if getattr(self, name) < 0:
+                raise RunError(f"--{_flag(name)} cannot be negative, not {getattr(self, name)}")
+        if not 0 <= self.rate < 1:
+            raise RunError(f"--rate is a probability below 1, not {self.rate}")
+        if not 0 <= self.label_smoothing < 1:
+            raise RunError(f"--label-smoothing lies between 0 and 1, not {self.label_smoothing}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RunError(f"--ema is a decay between 0 and 1, such as 0.9998, not {self.ema}")
+        if self.checkpoint_minutes <= 0:
+            raise RunError(f"--checkpoint-minutes must be positive, not {self.checkpoint_minutes}")
+        if self.fsdp and (self.ema is not None or self.compile or self.panels):
+            raise RunError("--fsdp does not go together with --ema, --compile or --panels: leave one of them out")
+
+    @property
+    def label(self) -> str:
+        """The algorithm with what distinguishes it, such as "rdp-row-0.1": a cell of Table 1."""
+        label = self.algorithm if self.algorithm == "standard" else f"{self.algorithm}-{self.mode}-{self.rate:g}"
+        return label + ("-equal-cost" if self.match == "cost" else "")
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go, one sub-folder a seed."""
+        return self.out or Path("results", self.dataset, self.model, self.label)
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of the schedule."""
+        return 0.1 * self.batch_size / 256 if self.lr is None else self.lr
+
+    def micro_batch(self, world_size: int) -> int:
+        """Images in one forward of one process.
+
+        Raises:
+            RunError: the batch cannot be shared equally.
+        """
+        shares = world_size * self.accumulate
+        if self.batch_size % shares:
+            raise RunError(
+                f"a batch of {self.batch_size} cannot be shared equally by {world_size} processes x {self.accumulate} "
+                f"micro-batches: choose a --batch-size that {shares} divides, or other --devices or --accumulate"
+            )
+        return self.batch_size // shares
+
+    def to_json(self) -> dict[str, object]:
+        """The settings as plain values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    def describe(self) -> str:
+        """The settings, one a line."""
+        return "\n".join(f"  {name} = {value}" for name, value in self.to_json().items())
+
+    def changes(self, saved: Mapping[str, object]) -> list[str]:
+        """What a saved configuration computes differently, as "name: saved -> ours"; empty if a resume is exact."""
+        ours = self.to_json()
+        names = sorted((ours.keys() | saved.keys()) - FREE_ON_RESUME)
+        return [f"{n}: {saved.get(n)} -> {ours.get(n)}" for n in names if saved.get(n) != ours.get(n)]
+
+    def replace(self, **settings: object) -> Self:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **settings)  # type: ignore[arg-type]
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse(kind: type[ConfigT], args: Sequence[str], default: ConfigT | None = None) -> ConfigT:
+    """Read the command line.
+
+    Args:
+        kind: the recipe's configuration.
+        args: the command line without the program's name.
+        default: what holds where the command line is silent; default `kind()`.
+    """
+    return tyro.cli(kind, args=list(args), default=default or kind())
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,163 @@
+"""The model of a run, the algorithm attached to it, and its optimizer."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import rdp
+from engine.config import Config
+from engine.errors import RunError
+from engine.launch import World
+
+
+def make_model(config: Config, *, classes: int, channels: int) -> nn.Module:
+    """Build a timm model with fresh weights.
+
+    Args:
+        config: `model` and `small_stem`.
+        classes: outputs of the head.
+        channels: of the images.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        RunError: timm has no such model, or it has no stem that could be made small.
+    """
+    if config.model not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{config.model}*")[:5]) or "see timm.list_models()"
+        raise RunError(f"timm has no model {config.model!r}: {near}")
+    model = timm.create_model(config.model, num_classes=classes, in_chans=channels)
+    return shrink_stem(model, config.model) if config.small_stem else model
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, images: torch.Tensor, name: str) -> None:
+    """Try a model on real images before anything else is done with it.
+
+    Args:
+        model: plain; left as it was.
+        images: `Tensor[N, C, H, W]`.
+        name: of the model, for the error.
+
+    Raises:
+        RunError: the model does not take images of this size.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        raise RunError(f"{name} cannot take images of {size}: {error}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def shrink_stem(model: nn.Module, name: str) -> nn.Module:
+    """Give a ResNet a 3x3 stem of stride 1 without pooling, so that small images stay 4 times larger inside.
+
+    Args:
+        model: a timm ResNet; changed in place.
+        name: its name, for the error.
+
+    Returns:
+        The model.
+
+    Raises:
+        RunError: the model has no ResNet stem (`conv1` and `maxpool`).
+    """
+    stem, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
+    first = stem[0] if isinstance(stem, nn.Sequential) else stem
+    if not isinstance(first, nn.Conv2d) or pool is None:
+        raise RunError(f"--small-stem is for ResNets: {name} has no conv1 and maxpool")
+    if isinstance(stem, nn.Sequential):  # resnet50d: three convolutions, the first of stride 2
+        first.stride = (1, 1)
+    else:
+        model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other kernels
+    model.maxpool = nn.Identity()
+    return model
+
+
+def attach(
+    model: nn.Module, config: Config, *, seed: int, example: torch.Tensor | None = None
+) -> rdp.ResidualDropPath | None:
+    """Attach the algorithm to a model.
+
+    Args:
+        model: plain.
+        config: `algorithm`, `mode` and `rate`.
+        seed: of the masks.
+        example: images to find the residual branches with; default: the first training batch.
+
+    Returns:
+        The handle; None for "standard", where nothing is attached unless there are panels to draw: a handle of rate 0
+        shows them and changes nothing.
+    """
+    match config.algorithm:
+        case "standard":
+            return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
+        case "droppath":
+            return rdp.attach(
+                model,
+                config.rate,
+                mode=config.mode,
+                phases=(rdp.Phase.DROP,),
+                scale_by_keep=True,
+                seed=seed,
+                example_inputs=example,
+            )
+        case "rdp":
+            return rdp.attach(model, config.rate, mode=config.mode, seed=seed, example_inputs=example)
+
+
+def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
+    """Let the processes train one model together: DistributedDataParallel with its defaults, or FSDP2.
+
+    Args:
+        model: on this process's device, the algorithm attached.
+        config: `fsdp`.
+        world: the processes.
+
+    Returns:
+        What to call in training; the model itself when there is one process.
+
+    Raises:
+        RunError: FSDP with one process.
+    """
+    if config.fsdp:
+        if world.size == 1:
+            raise RunError("--fsdp shards over several processes and there is one: use --devices, or leave it out")
+        for stage in model.children():
+            if any(True for _ in stage.parameters()) and type(stage).forward is not nn.Module.forward:
+                fully_shard(stage)
+        return fully_shard(model)
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Build a timm optimizer; biases and norms get no weight decay, as timm does it.
+
+    Args:
+        model: whose parameters.
+        config: `optimizer`, `momentum`, `weight_decay` and `lr`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        RunError: timm has no such optimizer.
+    """
+    if config.optimizer not in list_optimizers():
+        raise RunError(f"timm has no optimizer {config.optimizer!r}: choose one of {', '.join(list_optimizers())}")
+    return create_optimizer_v2(
+        model, opt=config.optimizer, lr=config.peak_lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )

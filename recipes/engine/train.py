@@ -1,0 +1,230 @@
+"""The training loop of all recipes, from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from data import Loader
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+
+from engine import checkpoint
+from engine.config import Config
+from engine.cost import matched_epochs, relative_flops
+from engine.errors import RunError
+from engine.evaluate import evaluate
+from engine.folder import begin, seed_folder, write_json
+from engine.interrupt import Action, Interrupts
+from engine.launch import World
+from engine.model import attach, check_model, distribute, make_optimizer
+from engine.records import Records
+from engine.rng import seed_all
+from engine.schedule import learning_rate
+from engine.state import TrainState
+
+T = TypeVar("T")
+PROBE = 16  # training images that the panels compare features on
+
+
+def train(
+    model: nn.Module, train_data: Loader, test_data: Loader, *, config: Config, seed: int, world: World
+) -> dict[str, Any]:
+    """Train and test a model, and leave everything in the results folder of its seed.
+
+    Args:
+        model: with fresh weights, on the CPU, nothing attached.
+        train_data: batches of `config.micro_batch(world.size)` images.
+        test_data: the test split.
+        config: the settings.
+        seed: of this run.
+        world: the processes that train together.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        RunError: the data has too few images or classes, the loss is not finite, or nothing can be written.
+        SystemExit: SIGTERM or SIGINT came; the run is saved.
+    """
+    steps_per_epoch = len(train_data) // config.accumulate
+    _check(train_data, test_data, steps_per_epoch, config)
+    folder = seed_folder(config, seed)
+    saved = checkpoint.load_latest(folder / "checkpoints") if config.resume else None
+
+    # The model, what is attached to it, and its optimizer.
+    device = world.device
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(device=device, memory_format=layout)
+    images, labels = next(iter(train_data.epoch(0)))
+    check_model(model, images[:2], config.model)
+    flops = relative_flops(model, config, images, labels)
+    epochs = matched_epochs(config, flops)
+    ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
+    handle = attach(model, config, seed=seed, example=images[:2])
+    if config.compile:
+        model.compile()
+    parallel = distribute(model, config, world)
+    inner = make_optimizer(model, config)
+    optimizer = inner if handle is None else handle.wrap(inner)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    autocast = _autocast(config, device)
+    seed_all(seed * world.size + world.rank)  # dropout differs between processes
+
+    # Where the run stands.
+    state = TrainState(model, inner, scaler, ema, handle, world, sharded=config.fsdp)
+    state.loss_sum = state.loss_sum.to(device)
+    if saved is not None:
+        state.load_state_dict(saved)
+    if world.is_first:
+        begin(config, seed)
+    records = Records(
+        folder if world.is_first else None,
+        config,
+        title=f"{config.model} {config.label} seed {seed}",
+        images=epochs * steps_per_epoch * config.batch_size,
+        images_done=(state.epoch * steps_per_epoch + state.step) * config.batch_size,
+        step=state.epoch * steps_per_epoch + state.step,
+        history=saved and saved["history"],
+    )
+
+    records.open_panels(handle, images[:PROBE])
+
+    def save() -> None:
+        content = state.state_dict() | {"history": records.history}
+        if world.is_first:
+            checkpoint.save(folder / "checkpoints", content, state.epoch, state.step)
+
+    with records, Interrupts(config.checkpoint_minutes, world) as interrupts:
+
+        def pause() -> None:
+            action = interrupts.poll()
+            if action is not Action.GO_ON:
+                save()
+            if action is Action.STOP:
+                records.say(f"stopped and saved in {folder}: go on with --resume")
+                raise SystemExit(interrupts.exit_status)
+
+        for epoch in range(state.epoch, epochs):
+            parallel.train()
+            started = time.perf_counter() - state.epoch_seconds
+            first = state.step * config.accumulate
+            batches = islice(train_data.epoch(epoch, start=first), steps_per_epoch * config.accumulate - first)
+            for batch, (images, labels) in enumerate(batches, start=first):
+                completes_step = (batch + 1) % config.accumulate == 0
+                images = images.to(memory_format=layout)
+                with _gradient_sync(parallel, completes_step):
+                    with autocast():
+                        loss = criterion(parallel(images), labels)
+                    scaler.scale(loss / config.accumulate).backward()
+                state.loss_sum += loss.detach() * len(labels)
+                if not completes_step:
+                    continue
+
+                step = epoch * steps_per_epoch + state.step
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(
+                        step,
+                        epochs * steps_per_epoch,
+                        peak=config.peak_lr,
+                        warmup=round(config.warmup_epochs * steps_per_epoch),
+                        shape=config.schedule,
+                    )
+                if config.clip_grad is not None:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                records.gradients(step, loss.detach())
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if ema is not None:
+                    ema.update(model, step=step)
+                state.step += 1
+                state.epoch_seconds = time.perf_counter() - started
+                records.step(config.batch_size)
+                pause()
+
+            numbers = {"lr": optimizer.param_groups[0]["lr"], **_training_numbers(state, world, config)}
+            networks = {"": model} if ema is None else {"": model, "ema_": ema.module}
+            for prefix, network in networks.items():
+                if (
+                    world.size > 1
+                ):  # BatchNorm's statistics differ between processes: the first one's are saved, test those
+                    distribute_bn(network, world.size, reduce=False)
+                tested = evaluate(
+                    network.eval(),
+                    _after_each(test_data.epoch(epoch), pause),
+                    classes=test_data.classes,
+                    device=device,
+                    autocast=autocast,
+                    flip=config.test_flip,
+                )
+                numbers |= {prefix + name: value for name, value in tested.items()}
+            state.next_epoch()
+            records.epoch(epoch, epochs, state.epoch * steps_per_epoch, numbers)
+            save()
+
+    result = {
+        **{name: getattr(config, name) for name in ("dataset", "model", "algorithm", "mode", "rate", "match")},
+        "seed": seed,
+        "epochs": epochs,
+        "steps": epochs * steps_per_epoch,
+        **{name: value for name, value in records.history[-1].items() if "top" in name},
+        "train_seconds": state.seconds,
+        "relative_flops": flops,
+    }
+    if world.is_first:
+        write_json(folder / "result.json", result)
+    return result
+
+
+def _check(train_data: Loader, test_data: Loader, steps_per_epoch: int, config: Config) -> None:
+    if steps_per_epoch == 0:
+        raise RunError(
+            f"{config.dataset} has {train_data.samples} training images, fewer than one batch of {config.batch_size}: "
+            "choose a smaller --batch-size"
+        )
+    if train_data.classes != test_data.classes:
+        raise RunError(
+            f"{config.dataset} has {train_data.classes} classes for training and {test_data.classes} for testing"
+        )
+
+
+def _autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    return lambda: nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _gradient_sync(parallel: nn.Module, wanted: bool) -> AbstractContextManager[object]:
+    # Processes add up their gradients once a step, in the backward of the last micro-batch.
+    if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP2
+        parallel.set_requires_gradient_sync(wanted)
+    elif not wanted and hasattr(parallel, "no_sync"):  # DistributedDataParallel
+        return parallel.no_sync()
+    return nullcontext()
+
+
+def _training_numbers(state: TrainState, world: World, config: Config) -> dict[str, float]:
+    images = state.step * config.batch_size
+    loss = float(world.sum(state.loss_sum)) / images
+    if loss != loss or loss == float("inf"):
+        raise RunError(
+            f"the training loss of epoch {state.epoch + 1} is {loss}: try a lower --lr, more --warmup-epochs, "
+            "--clip-grad 1, or --amp bf16 instead of fp16"
+        )
+    return {
+        "train_loss": loss,
+        "train_seconds": state.epoch_seconds,
+        "images_per_second": images / max(state.epoch_seconds, 1e-9),
+    }
+
+
+def _after_each(items: Iterable[T], action: Callable[[], None]) -> Iterator[T]:
+    for item in items:
+        yield item
+        action()

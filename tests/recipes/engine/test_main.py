@@ -1,0 +1,166 @@
+"""A recipe from its command line, in this process: what it leaves behind, and how it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import mnist
+import pytest
+import torch
+from data import DataError
+from engine import RunError, checkpoint, main
+from engine.errors import explained
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import rdp
+
+TINY = ["--quick", "--model", "test_resnet", "--limit", "256", "--batch-size", "64", "--no-progress", "--device", "cpu"]
+
+
+def recipe(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist.py", *TINY, *args])
+    main(mnist.configure, mnist.run)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What the recipe says when it stops with status 1; it must be one line without a traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        recipe(monkeypatch, *args)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    return said.removeprefix("error: ")
+
+
+def test_a_run_leaves_its_settings_environment_numbers_and_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    recipe(monkeypatch, "--algorithm", "rdp", "--rate", "0.2", "--seeds", "2", "--epochs", "2", "--out", str(out))
+    assert "rate = 0.2" in capsys.readouterr().out  # the configuration is echoed
+    assert sorted(path.name for path in out.iterdir()) == ["seed-0", "seed-1"]
+    for seed in range(2):
+        folder = out / f"seed-{seed}"
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["rate"], config["dataset"], config["model"]) == (0.2, "mnist10k", "test_resnet")
+        environment = json.loads((folder / "environment.json").read_text())
+        assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+        assert {"git_commit", "command", "gpus", "processes"} <= environment.keys()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (1, 8)]
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["seed"], result["steps"], result["top1"]) == (seed, 8, lines[-1]["top1"])
+        assert 0 <= result["top1"] <= result["top5"] <= 100
+        state = checkpoint.load_latest(folder / "checkpoints")
+        assert state is not None
+        assert {"model", "optimizer", "scaler", "ema", "processes", "epoch", "step", "history"} <= state.keys()
+        assert state["history"] == lines
+        scalars = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert [event.step for event in scalars.Scalars("top1")] == [4, 8]
+    weights = [checkpoint.load_latest(out / f"seed-{s}" / "checkpoints")["model"]["conv1.0.weight"] for s in range(2)]
+    assert not torch.equal(*weights)
+
+
+def test_a_folder_in_use_a_finished_run_and_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--algorithm", "standard", "--epochs", "1", "--out", str(tmp_path)]
+    recipe(monkeypatch, *args)
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = refusal(monkeypatch, capsys, *args)
+    assert said == f"{tmp_path}/seed-0 already holds a run: go on with --resume, or choose another --out"
+    said = refusal(monkeypatch, capsys, *args, "--resume", "--lr", "0.3")
+    assert said == f"{tmp_path}/seed-0 was started with other settings, so --resume is refused: lr: 0.1 -> 0.3"
+    recipe(monkeypatch, *args, "--resume")  # finished: nothing to do
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--batch-size", "100", "--accumulate", "3"], "a batch of 100 cannot be shared equally"),
+        (["--rate", "1.5"], "--rate is a probability below 1, not 1.5"),
+        (["--model", "resnet51"], "timm has no model 'resnet51'"),
+        (["--batch-size", "512"], "256 samples do not fill a batch of 512"),
+        (["--dataset", "mnist", "--data-dir", "/nonexistent"], "/nonexistent"),
+        (["--model", "vgg11"], "vgg11 cannot take images of 1 x 28 x 28: "),
+        (["--devices", "3"], "a batch of 64 cannot be shared equally by 3 processes"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why_in_one_sentence_and_leaves_nothing(
+    args: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert sentence in refusal(monkeypatch, capsys, "--out", str(out), *args)
+    assert not out.exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(monkeypatch, capsys, "--algorithm", "standard", "--lr", "1e30", "--out", str(tmp_path))
+    assert said.startswith("the training loss of epoch 1 is nan: try a lower --lr")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_all_checkpoints_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--algorithm", "standard", "--epochs", "1", "--out", str(tmp_path)]
+    recipe(monkeypatch, *args)
+    (tmp_path / "seed-0" / "result.json").unlink()
+    for path in tmp_path.rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = refusal(monkeypatch, capsys, *args, "--resume")
+    assert said.startswith(f"all 1 checkpoints in {tmp_path}/seed-0/checkpoints are damaged")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RunError("a"), "error: a"),
+        (DataError("b"), "error: b"),
+        (rdp.BranchError("c"), "error: c"),
+        (OSError(errno.ENOSPC, "No space left on device", "file"), "error: cannot write file: No space left on device"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_sentence(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped, explained():
+        raise error
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == sentence + "\n"
+
+
+@pytest.mark.parametrize("error", [KeyError("mistake"), OSError(errno.EIO, "broken")])
+def test_a_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), explained():
+        raise error
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "rdp"])
+def test_panels_are_drawn_and_change_nothing(algorithm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights = []
+    for name, panels in (("with", ["--panels", "4"]), ("without", [])):
+        out = tmp_path / name
+        recipe(monkeypatch, "--algorithm", algorithm, "--epochs", "1", "--out", str(out), *panels)
+        state = checkpoint.load_latest(out / "seed-0" / "checkpoints")
+        assert state is not None
+        weights.append(state["model"])
+        tags = EventAccumulator(str(out / "seed-0" / "tensorboard")).Reload().Tags()
+        assert bool(panels) == any("features/similarity" in tag for tag in [*tags["images"], *tags["tensors"]])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -1,0 +1,145 @@
+"""The law of resuming: wherever a run is cut, it ends with the very bits of the run that was never cut."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.checkpoint import find
+
+from tests.recipes.engine.tiny import Crash, final_state, run_in_process, tiny_config, train_tiny
+
+EACH_STEP = 1e-9  # minutes between checkpoints: one after every step
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "droppath": {"algorithm": "droppath"},
+    "rdp-row": {"algorithm": "rdp", "rate": 0.5},
+    "rdp-batch": {"algorithm": "rdp", "mode": "batch", "rate": 0.5},
+    "accumulate": {"algorithm": "rdp", "rate": 0.5, "accumulate": 2},
+    "adamw-ema-clip": {"algorithm": "rdp", "rate": 0.5, "optimizer": "adamw", "ema": 0.9, "clip_grad": 1.0},
+    "bf16": {"amp": "bf16"},
+}
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bit-equality of everything in two checkpoints but the times."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "epoch_seconds", "train_seconds", "images_per_second"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("variant", "every_step"), [*((name, True) for name in VARIANTS), ("standard", False), ("rdp-row", False)]
+)
+def test_a_run_cut_anywhere_ends_like_one_that_was_not(variant: str, every_step: bool, tmp_path: Path) -> None:
+    settings = VARIANTS[variant]
+    whole = tiny_config(tmp_path / "whole", **settings)
+    expected = train_tiny(whole)
+    cut = tiny_config(tmp_path / "cut", checkpoint_minutes=EACH_STEP if every_step else 10.0, **settings)
+    for at in [(0, 2), (1, 0), (2, 1)]:
+        with pytest.raises(Crash):
+            train_tiny(cut, at=at)
+    result = train_tiny(cut)
+    assert_same(final_state(whole), final_state(cut))
+    assert_same(expected, result)
+    lines = [json.loads(line) for line in (cut.folder / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+
+
+def test_the_law_can_fail(tmp_path: Path) -> None:
+    one, other = tiny_config(tmp_path / "one"), tiny_config(tmp_path / "other", lr=0.0500001)
+    train_tiny(one)
+    train_tiny(other)
+    with pytest.raises(AssertionError):
+        assert_same(final_state(one), final_state(other))
+
+
+def test_a_damaged_newest_checkpoint_only_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
+    whole, cut = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "cut")
+    train_tiny(whole)
+    with pytest.raises(Crash):
+        train_tiny(cut, at=(2, 1))
+    newest = find(cut.folder / "seed-0" / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="damaged checkpoint .*checksum"):
+        train_tiny(cut)
+    assert_same(final_state(whole), final_state(cut))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+    whole, cut = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "cut")
+    train_tiny(whole)
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny(cut, at=(1, 1), do=lambda: os.kill(os.getpid(), number))
+    assert stopped.value.code == 128 + number
+    assert (final_state(cut)["epoch"], final_state(cut)["step"]) == (1, 2)  # the step that was begun is done
+    train_tiny(cut)
+    assert_same(final_state(whole), final_state(cut))
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "cut")
+    train_tiny(whole)
+    with monkeypatch.context() as full:
+
+        def fsync(descriptor: int) -> None:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if is_file and list(cut.folder.rglob("epoch-001-*.pt")):  # the first epoch still fits
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        full.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left on device"):
+            train_tiny(cut)
+    assert not list(cut.folder.rglob(".*.tmp"))
+    assert final_state(cut)["epoch"] == 1
+    train_tiny(cut)
+    assert_same(final_state(whole), final_state(cut))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", ["standard", "rdp-row"])
+def test_killed_twenty_times_at_random_moments(variant: str, tmp_path: Path, processes: ForkServerContext) -> None:
+    settings = VARIANTS[variant] | {"epochs": 60, "checkpoint_minutes": EACH_STEP}
+    whole, cut = tiny_config(tmp_path / "whole", **settings), tiny_config(tmp_path / "cut", **settings)
+    train_tiny(whole)
+    rng = random.Random(0)
+    killed_at = []
+    while True:
+        process = processes.Process(target=run_in_process, args=(str(cut.out), settings))
+        process.start()
+        process.join(rng.uniform(0.1, 0.6) if len(killed_at) < 20 else None)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            killed_at.append([path.name for path in find(cut.folder / "seed-0" / "checkpoints")][-1:])
+            continue
+        assert process.exitcode == 0
+        if len(killed_at) == 20:
+            break
+        shutil.rmtree(cut.folder)  # finished before it was killed often enough: once more
+    assert len({str(newest) for newest in killed_at}) > 10  # it was killed while it worked, not before
+    assert_same(final_state(whole), final_state(cut))
