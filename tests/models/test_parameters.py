@@ -1,0 +1,51 @@
+"""`Branch.parameters` against autograd: what loses its gradient when this branch, and no other, is dropped."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+
+import rdp
+from rdp.discovery.trace import tensors_in
+from tools.semantics import masks, wake
+from tools.zoo import Entry, zoo
+
+NAMES = [
+    "test_vit", "test_resnet", "test_convnext", "test_byobnet", "test_mambaout", "BertModel", "BartModel", "T5Model",
+    "GPT2Model", "GPTNeoXModel", "SwinModel", "AlbertModel", "FunnelModel", "SegformerModel", "MixtralModel",
+]  # fmt: skip
+
+
+def with_gradient(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that get a gradient other than zero from a random functional of the outputs."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    outputs = [t for t in tensors_in(model(**{k: v.clone() for k, v in inputs.items()})) if t.requires_grad]
+    sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
+
+
+@pytest.mark.parametrize("entry", [e for e in zoo() if e.name in NAMES], ids=lambda entry: entry.key)
+def test_dropping_one_branch_silences_its_parameters_and_no_others(entry: Entry) -> None:
+    torch.manual_seed(0)
+    model, inputs = entry.build_quick()
+    wake(model)
+    model.eval()
+    model.training = True  # the gates work; dropout would only blur the comparison
+    warnings.simplefilter("ignore", rdp.RdpWarning)  # XLNet's and Funnel's refusals are tested elsewhere
+    with rdp.attach(model, 0.5, decay="constant", compute="dense", example_inputs=inputs) as handle:
+        with masks(torch.tensor([True, True])):
+            learning = with_gradient(model, inputs)
+        owners = Counter(name for branch in handle.branches for name in branch.parameters)
+        assert owners, "no parameters to look at"
+        for index, branch in enumerate(handle.branches):
+            chosen = torch.ones(len(handle.branches), 2, dtype=torch.bool)
+            chosen[index] = False
+            with masks(chosen):
+                silenced = learning - with_gradient(model, inputs)
+            inner = [b for b in handle.branches if b.inside == index]
+            alone = {name for name in branch.parameters if owners[name] == 1} | {p for b in inner for p in b.parameters}
+            assert silenced == alone & learning, branch.name

@@ -1,0 +1,141 @@
+"""Is a gated model still the model? Four exact statements about any attached network, checked on random numbers.
+
+1. With all rows undropped, DROP gives the plain output to the bit; so does FREEZE, and the branches get no gradient.
+2. With all rows dropped, every gated output is exactly zero (or, for a gated block, its input).
+3. With all rows dropped, of the blocks' parameters exactly those listed in branches lose their gradient.
+4. The mask of one row changes no other row, and does change its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import rdp
+from rdp.discovery.trace import tensors_in
+
+_TINY = 1e-3
+
+
+def check_gating(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Check the four statements.
+
+    Args:
+        model: Any model; its weights, gradients and BatchNorm statistics are changed.
+        inputs: Keyword arguments of its forward, of two rows.
+
+    Returns:
+        What does not hold, in words; nothing if all does.
+    """
+    wake(model)
+    model.train()
+    plain, gradients = _run(model, inputs)
+    learning = {name for name, gradient in gradients.items() if gradient}
+    settings: dict[str, Any] = {"decay": "constant", "compute": "dense", "example_inputs": inputs}
+    problems = []
+
+    with rdp.attach(model, 0.5, **settings) as handle, masks(torch.tensor([True, True])):
+        listed = {name for branch in handle.branches for name in branch.parameters}
+        kept, _ = _run(model, inputs, backward=False)
+        handle.advance()
+        frozen, gradients = _run(model, inputs)
+        moving = {name for name in listed if gradients[name]}
+    problems += [] if _equal(kept, plain) else ["DROP with nothing dropped is not the plain forward"]
+    problems += [] if _equal(frozen, plain) else ["FREEZE is not the plain forward"]
+    problems += [f"FREEZE moves {_some(moving)}"] if moving else []
+
+    with rdp.attach(model, 0.5, **settings) as handle, masks(torch.tensor([False, False])):
+        leaking, hooks = _watch_gates(model, handle)
+        _, gradients = _run(model, inputs)
+        for hook in hooks:
+            hook.remove()
+    problems += [f"dropped branches are not zero: {_some(leaking)}"] if leaking else []
+    moving = {name for name in listed if gradients[name]}
+    problems += [f"dropped branches learn: {_some(moving)}"] if moving else []
+    blocks = tuple(f"{branch.block}." for branch in handle.branches if branch.block)
+    unlisted = {name for name in learning - listed if name.startswith(blocks) and not gradients[name]}
+    problems += [f"stopped with the branches, but not listed: {_some(unlisted)}"] if unlisted else []
+
+    model.eval()
+    model.training = True  # the gates work, but BatchNorm and dropout do not tie rows together
+    twins = {key: value[:1].expand_as(value).clone() for key, value in inputs.items()}
+    with rdp.attach(model, 0.5, **settings) as handle:
+        even = torch.arange(len(handle.branches)) % 2 == 0
+        with masks(torch.stack([even, even], 1)):
+            alike, _ = _run(model, twins, backward=False)
+        handle.load_state_dict({**handle.state_dict(), "step_count": 0})
+        with masks(torch.stack([even, ~even], 1)):
+            apart, _ = _run(model, twins, backward=False)
+    problems += [] if _equal(_row(alike, 0), _row(apart, 0)) else ["the mask of one row changes another"]
+    problems += [] if not _equal(_row(alike, 1), _row(apart, 1)) else ["the mask of a row changes nothing"]
+    return problems
+
+
+@contextmanager
+def masks(chosen: Tensor) -> Iterator[None]:
+    """Give all forwards these masks: bool `Tensor[rows]`, or `Tensor[branches, rows]`, `True` for undropped rows."""
+
+    def draw(rates: list[float], rows: int, **_: object) -> Tensor:
+        return (chosen if chosen.dim() == 2 else chosen.expand(len(rates), -1))[:, :rows].clone()
+
+    with mock.patch("rdp.masks.draw", draw):
+        yield
+
+
+def wake(model: nn.Module) -> None:
+    """Give parameters that start near zero (layer scale, last BatchNorm) numbers, or branches would have no effect."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.abs().max() < _TINY:
+                parameter.normal_(std=0.2)
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], backward: bool = True) -> tuple[list[Tensor], dict[str, bool]]:
+    """The outputs of a forward at a fixed seed, and which parameters get a gradient other than zero."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    outputs = [t for t in tensors_in(model(**{k: v.clone() for k, v in inputs.items()})) if t.is_floating_point()]
+    if backward:
+        # A random functional: the plain sum of a LayerNorm's output has no gradient.
+        sum((t * torch.randn_like(t)).sum() for t in outputs if t.requires_grad).backward()
+    moved = {name: p.grad is not None and bool(p.grad.count_nonzero()) for name, p in model.named_parameters()}
+    return [t.detach() for t in outputs], moved
+
+
+def _watch_gates(model: nn.Module, handle: rdp.ResidualDropPath) -> tuple[set[str], list[Any]]:
+    """Names of gates whose output is not zero, filled during the next forward, and the hooks to remove."""
+    leaking: set[str] = set()
+    hooks = []
+
+    def watch(gate: rdp.branches.GatePoint) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = list(tensors_in(output))[gate.leaf]
+            expected = next(tensors_in(args)) if gate.of_block else torch.zeros_like(value)
+            if not torch.equal(value, expected):
+                leaking.add(gate.module)
+
+        return hook
+
+    for branch in handle.branches:
+        hooks += [model.get_submodule(g.module).register_forward_hook(watch(g)) for g in branch.gates]
+    return leaking, hooks
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _row(outputs: list[Tensor], row: int) -> list[Tensor]:
+    return [t[row] for t in outputs if t.dim() and t.shape[0] == 2]
+
+
+def _some(names: set[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in sorted(names)[:limit]) + more
