@@ -1,0 +1,89 @@
+"""`torch.compile`: the oracle's outputs and gradients, one graph for each phase, and no recompilation after that."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from laws.architectures import BlockMLP, ConvNet, Transformer
+from laws.strategies import Case
+from laws.training import loss
+
+
+class Graphs:
+    """A backend that runs graphs as they are and counts those of the model, not the one that draws masks."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]):
+        self.made += any("weight" in node.name for node in graph.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+ROW = Case(Transformer, ("pre_norm", 1), decay="constant", seed=3)
+BATCH = Case(BlockMLP, (("plain", "in_place"),), mode="batch", decay="constant", seed=3)
+CONV = Case(ConvNet, ("basic", (2,)), decay="constant", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("case", "in_place"),
+    [
+        pytest.param(ROW, False, id="row-torch.compile(model)"),
+        pytest.param(ROW, True, id="row-model.compile()"),
+        pytest.param(BATCH, False, id="batch-torch.compile(model)"),
+        pytest.param(CONV, False, id="conv-torch.compile(model)"),
+    ],
+)
+def test_a_compiled_model_trains_as_the_oracle_with_a_graph_for_each_phase(case, in_place):
+    model = case.model()
+    reference = copy.deepcopy(model)
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    graphs = Graphs()
+    compiled: nn.Module = model
+    if in_place:
+        model.compile(backend=graphs, fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    made = []
+    for step in range(6):
+        x = model.rows(4, step)
+        output = compiled(x)
+        expected = case.oracle(reference, x, handle.masks, handle.phase)
+        torch.testing.assert_close(output, expected)
+        loss(output).backward()
+        loss(expected).backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            a, b = (torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q))
+            torch.testing.assert_close(a, b)
+        model.zero_grad()
+        reference.zero_grad()
+        handle.advance()
+        made.append(graphs.made)
+    assert made == [1] + [2] * 5, "one graph for DROP, one for FREEZE"
+
+
+def test_a_model_compiled_and_called_before_attach_still_drops():
+    """Hooks that come after the first compiled call are silently ignored, unless the compiler is told."""
+    case = Case(BlockMLP, (("plain", "norm"),), rate=0.9, decay="constant", seed=3)
+    model = case.model()
+    compiled = torch.compile(model, backend="eager")
+    x = model.rows(6, 0)
+    plain = compiled(x)
+    handle = case.attach(model)
+    output = compiled(x)
+    torch.testing.assert_close(output, case.oracle(case.model(), x, handle.masks, handle.phase))
+    assert not torch.equal(output, plain)
+    handle.remove()
+    assert torch.equal(compiled(x), plain)
