@@ -158,8 +158,7 @@ class GateHook(Hook):
         x, source = self._tensors(args, output)
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        # A checkpoint that is recomputed for its graph may hold nothing but this branch, which must have one then.
-        elif (keep := forward.keeps_all(self.branch)) is not None and not in_reentrant_checkpoint():
+        elif (keep := forward.keeps_all(self.branch)) is not None and self._may_leave_no_graph():
             gated = self._gate_whole(x, source, forward.phase, keep)
         else:
             gated = self._gate_rows(forward.phase, forward.keep(self.branch, x.device), x, source)
@@ -173,6 +172,12 @@ class GateHook(Hook):
         x, source = self._tensors(args, output)
         keep = masks[self.branch].to(x.device, non_blocking=True)
         return self._replaced(output, self._gate_rows(phase, keep, x, source))
+
+    def _may_leave_no_graph(self) -> bool:
+        # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
+        # another process may need what this one does not: sharded gradients are reduced by all or by none.
+        alike = self.handle.options.mode == "batch" or self.handle._ranks == 1
+        return alike and not in_reentrant_checkpoint()
 
     def _gates_in(self, phase: Phase) -> bool:
         return phase is Phase.DROP or (phase is Phase.FREEZE and self.handle.options.freeze == "output")
@@ -205,7 +210,8 @@ class GateHook(Hook):
             return x if self.keep_prob is None else gates.rescale(x, self.keep_prob)
         if phase is Phase.FREEZE:
             return x
-        return torch.zeros_like(x) if source is None else source.clone()
+        # A block may return another dtype than it takes, under autocast.
+        return torch.zeros_like(x) if source is None else source.to(x.dtype, copy=True)
 
     def _warn_if_stray(self, module: nn.Module) -> None:
         handle = self.handle

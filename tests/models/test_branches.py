@@ -162,7 +162,7 @@ def test_exactly_the_branches_of_the_block_are_found(case: Case) -> None:
         (name, kind, sorted(parameters)) for name, kind, parameters in case.branches
     ]
     assert {b.block for b in found.branches} == {"block"}
-    assert (found.refused, found.coupled) == ((), ())
+    assert (found.refused, found.coupled) == ((), None)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -34,7 +34,7 @@ def test_the_table_says_what_discovery_finds(entry: Entry) -> None:
     assert sum(branch.sums for branch in found.branches) == int(row["sums"])
     assert (f"`{found.branches[-1].name}`" if found.branches else "") == row["last branch"]
     assert len(found.refused) == sum(map(int, re.findall(r"(?:^|; )(\d+): ", row["refused"])))
-    assert found.coupled == ()
+    assert found.coupled is None
 
 
 @pytest.mark.parametrize("key", TABLE)

@@ -1,0 +1,248 @@
+"""Branches that run on some of the rows: exact where they run so, and dense where that cannot be known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+import rdp
+
+WIDTH = 8
+
+
+class Attention(nn.Module):
+    """Self-attention with an optional mask, one a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class MaskedBlock(nn.Module):
+    """The mask goes to a module in the middle of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn, self.out = nn.LayerNorm(WIDTH), Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.out(self.attn(self.norm(x), mask=mask))
+
+
+class MaskFirstBlock(nn.Module):
+    """The mask goes to the first module of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.out = Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.out(self.attn(x, mask=mask))
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if mask is None else block(x, mask)
+        return x
+
+
+def row_masks(rows: int, tokens: int) -> Tensor:
+    """Row i may look at its first i % tokens + 1 tokens only."""
+    allowed = torch.arange(tokens)[None, :] <= (torch.arange(rows) % tokens)[:, None]
+    return allowed[:, None, :].expand(rows, tokens, tokens)
+
+
+def two_steps(model: nn.Module, compute: str, found_with: tuple, *inputs: Tensor) -> list[Tensor]:
+    """Outputs and gradients of a DROP and of a FREEZE step."""
+    model = copy.deepcopy(model)
+    handle = rdp.attach(model, 0.5, decay="constant", compute=compute, example_inputs=found_with, seed=2)
+    result = []
+    for _ in range(2):
+        output = model(*inputs)
+        output.square().mean().backward()
+        result.append(output.detach())
+        result += [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        handle.advance()
+    return result
+
+
+@pytest.mark.parametrize("block", [MaskedBlock, MaskFirstBlock])
+@pytest.mark.parametrize("found_masked", [True, False])
+@pytest.mark.parametrize("trained_masked", [True, False])
+def test_masks_of_rows_follow_their_rows_whatever_the_branches_were_found_with(block, found_masked, trained_masked):
+    torch.manual_seed(0)
+    model = Stack(block(), block()).double()
+    x = torch.randn(6, 5, WIDTH, dtype=torch.float64)
+    found_with = (x[:2], row_masks(2, 5)) if found_masked else (x[:2],)
+    inputs = (x, row_masks(6, 5)) if trained_masked else (x,)
+    for ours, dense in zip(
+        two_steps(model, "auto", found_with, *inputs), two_steps(model, "dense", found_with, *inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, dense)
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(functional.dropout(self.fc1(x), 0.3, self.training))
+
+
+class OnlyInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        if self.training:
+            h = h * 1.5
+        return x + self.fc2(h)
+
+
+class CapturedBatch(nn.Module):
+    """Takes the batch size from before the branch, and so cannot run on fewer rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        return x + self.fc2(self.fc1(x).reshape(rows, -1))
+
+
+class Centred(nn.Module):
+    """Couples the rows, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        return x + self.fc2(h - h.mean(0, keepdim=True))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (FunctionalDropout, "a bare function applies dropout"),
+        (OnlyInTraining, "its rows influence each other|called otherwise"),
+        (CapturedBatch, "raised RuntimeError"),
+        (Centred, "depends on the batch|influence each other"),
+        (Normed, "BatchNorm1d"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the rows of a batch influence")
+def test_a_branch_that_cannot_run_on_some_rows_is_dense_and_says_why(block, reason):
+    torch.manual_seed(0)
+    model = Stack(block(), block())
+    handle = rdp.attach(model, 0.5, decay="constant", compute="rows", example_inputs=torch.randn(4, WIDTH))
+    assert [branch.compute for branch in handle.branches] == ["dense", "dense"]
+    for branch in handle.branches:
+        assert branch.note.startswith("dense: ")
+        assert any(part in branch.note for part in reason.split("|"))
+
+
+class DropoutAtTheEnd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.dropout = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.fc(x))
+
+
+def test_dropout_is_dense_by_default_and_applied_to_all_rows_with_compute_rows():
+    torch.manual_seed(0)
+    model = Stack(DropoutAtTheEnd())
+    x = torch.randn(64, WIDTH)
+    with rdp.attach(model, 0.5, example_inputs=x) as handle:
+        assert handle.branches[0].compute == "dense"
+        assert "compute='rows'" in handle.branches[0].note
+    handle = rdp.attach(model, 0.5, compute="rows", example_inputs=x)
+    assert handle.branches[0].compute == "rows"
+    model(x)
+    handle.advance()
+    zeroed = model(x) == x  # FREEZE runs the dropped rows by a program of its own
+    for rows in (handle.masks[0], ~handle.masks[0]):
+        assert 0.35 < zeroed[rows].float().mean() < 0.65
+
+
+@pytest.mark.parametrize(("mode", "drop", "freeze"), [("row", 0.93, 0.45), ("batch", 0.97, 0.48)])
+def test_what_is_not_needed_is_not_computed(mode, drop, freeze):
+    """Of a step's 3 units DROP needs (1 - r) * 3 by rows and (1 - r) * 3 + r by batch, FREEZE 1 + 2r; here r = 0.1."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(16)]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(blocks)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model, x = Net(), torch.randn(64, 64, requires_grad=True)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    plain = flops()
+    handle = rdp.attach(model, 0.1, mode=mode, decay="constant", example_inputs=x)
+    ratios: dict[rdp.Phase, list[float]] = {rdp.Phase.DROP: [], rdp.Phase.FREEZE: []}
+    for _ in range(40):
+        ratios[handle.phase].append(flops() / plain)
+        handle.advance()
+    assert sum(ratios[rdp.Phase.DROP]) / 20 < drop
+    assert sum(ratios[rdp.Phase.FREEZE]) / 20 < freeze
+
+
+def test_a_forward_that_failed_in_a_branch_leaves_nothing_behind():
+    torch.manual_seed(0)
+    model = Stack(MaskedBlock(), MaskedBlock()).double()
+    x = torch.randn(6, 5, WIDTH, dtype=torch.float64)
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=x)
+    reference = two_steps(copy.deepcopy(model), "auto", (x,), x)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = model.blocks[1].attn.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(x)
+    hook.remove()
+    handle.remove()
+    for ours, expected in zip(two_steps(model, "auto", (x,), x), reference, strict=True):
+        torch.testing.assert_close(ours, expected)
