@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from rdp import setup
 from rdp.handle import ResidualDropPath
-from rdp.masks import Decay, Mode
+from rdp.masks import Decay, Mode, Sampling
 from rdp.options import Compute, Freeze, Native, Options, Select
 from rdp.phases import Phase, Schedule
+from rdp.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def attach(
@@ -20,6 +24,7 @@ def attach(
     *,
     mode: Mode = "row",
     decay: Decay = "linear",
+    sampling: Sampling = "bernoulli",
     freeze: Freeze = "output",
     scale_by_keep: bool = False,
     phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
@@ -28,6 +33,7 @@ def attach(
     native: Native = "error",
     compute: Compute = "auto",
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
 ) -> ResidualDropPath:
     """Train `model` with Residual DropPath: find its residual branches and gate them by forward hooks.
 
@@ -47,6 +53,9 @@ def attach(
             `torchvision.ops.StochasticDepth`.
         decay: "linear" lets the rate grow from 0 at the first block to `rate` at the last, as timm does; "constant"
             gives all blocks `rate`. A branch of rate 0 is not gated at all.
+        sampling: "bernoulli" drops every row with the branch's rate, whatever becomes of the others. "fixed" (row mode)
+            drops exactly `round(rate * N)` of the N rows, chosen at random, so that shapes do not change from step to
+            step; a branch for which that is 0 is never dropped.
         freeze: What FREEZE stops: "output" the gradient at the branch output (Algorithm 1), so that none passes
             upstream either; "params" only the parameters (Figure 5 read literally; batch mode only).
         scale_by_keep: Divide undropped rows by their keep probability in DROP. False, as in the paper's section 4.1;
@@ -61,6 +70,8 @@ def attach(
             branches with dropout, where it keeps the distribution, but draws fewer numbers from the global RNG than a
             plain forward. "dense" always runs all rows.
         seed: Of the masks, which are independent of the global RNG.
+        process_group: The processes whose gradients are averaged, each with rows of its own: the data parallel group.
+            None takes all processes of `torch.distributed`, or this one alone where that is not used.
 
     Returns:
         The handle: wrap the optimizer with it, save its `state_dict` beside the optimizer's.
@@ -77,6 +88,7 @@ def attach(
         rate=rate,
         mode=mode,
         decay=decay,
+        sampling=sampling,
         freeze=freeze,
         scale_by_keep=scale_by_keep,
         phases=tuple(Schedule(phases).phases),
@@ -86,7 +98,7 @@ def attach(
         seed=seed,
     )
     setup.check_model(model, options)
-    handle = ResidualDropPath(model, options)
+    handle = ResidualDropPath(model, options, Ranks(process_group))
     if example_inputs is not None:
         try:
             handle.discover(example_inputs)

@@ -25,8 +25,12 @@ class ForwardError(RdpError, RuntimeError):
     """A training forward cannot be gated: an empty batch, `vmap`, or a replica of the model."""
 
 
+class RankError(RdpError, RuntimeError):
+    """Processes that train one model together are not in step, or it is unclear which of them share their rows."""
+
+
 class StateError(RdpError, ValueError):
-    """A state dict does not fit this handle: other branches, another mode, rate or seed."""
+    """A state dict does not fit this handle: other branches, another mode or rate, or of more ranks."""
 
 
 class RdpWarning(UserWarning):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from rdp.errors import ForwardError
 from rdp.phases import Phase
 from rdp.rows import Split
 
@@ -78,6 +79,16 @@ class Forwards:
         if forward is not None and forward.last_node is None and not torch.compiler.is_compiling():
             forward.first_node = _next_node()
         self.running.append(forward)
+
+    def begin_recomputed(self) -> None:
+        """The model has been called by a checkpoint that recomputes the whole of it."""
+        forward = self.recomputed()
+        self.begin(forward)  # in any case, since the end of the call will be noticed too
+        if forward is None:
+            raise ForwardError(
+                "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward runs "
+                "without gradients and was taken for a plain one. Pass use_reentrant=False, or checkpoint its blocks"
+            )
 
     def end(self) -> Forward | None:
         """The model has returned, or raised; returns the forward that this ends."""

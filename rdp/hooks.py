@@ -6,17 +6,17 @@ drive the original's handle: hooks therefore turn into a function that does noth
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rdp import gates, traced
-from rdp.branches import GatePoint
+from rdp.branches import Branch, GatePoint
+from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
-from rdp.errors import RdpWarning
 from rdp.forward import Forward, in_backward, in_reentrant_checkpoint
 from rdp.phases import Phase
 from rdp.rows import BranchOnRows
@@ -46,13 +46,36 @@ class Hook:
         return _inert, ()
 
 
+def install(handle: ResidualDropPath, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
+    """Hook a branch.
+
+    Args:
+        handle: Owner of the state.
+        index: Of the branch among those of the handle.
+        branch: The branch.
+        program: The same, if it is to run on some of the rows.
+    """
+    model = handle.model
+    on_rows = BranchOnRows(model, program) if program is not None else None
+    if program is not None and on_rows is not None:
+        entry = model.get_submodule(program.entry)
+        yield entry.register_forward_pre_hook(EntryHook(handle, index, on_rows), with_kwargs=True, prepend=True)
+        for name in program.later_modules:
+            later = LaterHook(handle, name, on_rows)
+            yield model.get_submodule(name).register_forward_pre_hook(later, with_kwargs=True)
+    keep_prob = 1 - branch.rate if handle.options.scale_by_keep else None
+    for point in branch.gates:
+        gate = GateHook(handle, index, point, keep_prob, on_rows)
+        yield model.get_submodule(point.module).register_forward_hook(gate)
+
+
 class BeginHook(Hook):
     """Forward pre-hook of the model: masks are decided here, once, for all branches."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Start a forward."""
         if torch.compiler.is_compiling():
-            self.handle._begin_traced(args, kwargs)
+            traced.begin(self.handle, args, kwargs)
         else:
             traced.uncompiled(self.handle._begin_forward, module, args, kwargs)
 
@@ -155,6 +178,7 @@ class GateHook(Hook):
             return None
         if not self._gates_in(forward.phase):
             return None
+        self.handle._watch.reached.add(self.branch)
         x, source = self._tensors(args, output)
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
@@ -176,7 +200,7 @@ class GateHook(Hook):
     def _may_leave_no_graph(self) -> bool:
         # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
         # another process may need what this one does not: sharded gradients are reduced by all or by none.
-        alike = self.handle.options.mode == "batch" or self.handle._ranks == 1
+        alike = self.handle.options.mode == "batch" or not self.handle._agreement.several
         return alike and not in_reentrant_checkpoint()
 
     def _gates_in(self, phase: Phase) -> bool:
@@ -217,12 +241,11 @@ class GateHook(Hook):
         handle = self.handle
         if handle._forwards.running or handle._pauses or not (handle.model.training and torch.is_grad_enabled()):
             return
-        if not in_backward() and not handle._warned_stray:
-            handle._warned_stray = True
-            warnings.warn(
+        if not in_backward():
+            handle._watch.warn(
+                "stray",
                 f"branch `{handle.branches[self.branch].name}` ran outside of a forward of the attached model, so it "
                 f"is trained plainly. Call the {type(handle.model).__name__} itself, not its parts, or attach to the "
                 "part that is called",
-                RdpWarning,
                 stacklevel=2,
             )

@@ -8,18 +8,23 @@ same mask by asking for the same counters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Mode = Literal["row", "batch"]
 Decay = Literal["linear", "constant"]
+Sampling = Literal["bernoulli", "fixed"]
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_CACHED_WORDS = 2**16
+_ABOVE = 2**62
+"""More than any word that was shifted to make it unique."""
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -34,28 +39,32 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    even, odd = counter[..., 0::2].clone(), counter[..., 1::2]  # words 0 and 2, which are multiplied, and 1 and 3
+    multipliers = torch.tensor(_MULTIPLIERS, device="cpu")
+    keys = [[(k + i * step) & _WORD for k, step in zip(key, _KEY_STEPS, strict=True)] for i in range(_ROUNDS)]
+    for round_key in torch.tensor(keys, device="cpu").unbind():
         # int64 products wrap around, but their 64 bits are the right ones: masking after the shift recovers them.
-        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((right >> 32) & _WORD) ^ c1 ^ k0,
-            right & _WORD,
-            ((left >> 32) & _WORD) ^ c3 ^ k1,
-            left & _WORD,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+        product = even.mul_(multipliers).flip(-1)
+        even = (product >> 32).bitwise_and_(_WORD).bitwise_xor_(odd).bitwise_xor_(round_key)
+        odd = product.bitwise_and_(_WORD)
+    return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
 def draw(
-    rates: Sequence[float], rows: int, *, seed: int, cycle: int, micro_batch: int, mode: Mode = "row", rank: int = 0
+    rates: Sequence[float],
+    rows: int,
+    *,
+    seed: int,
+    cycle: int,
+    micro_batch: int,
+    mode: Mode = "row",
+    rank: int = 0,
+    fixed_among: int | None = None,
 ) -> Tensor:
     """Draw the masks of one model forward, for all branches at once.
 
-    Entry (b, r) depends on nothing but (seed, cycle, micro_batch, b, r) and, in row mode, rank: asking for more rows
-    extends the mask and changes none of it.
+    Entry (b, r) depends on nothing but (seed, cycle, micro_batch, b, r), on `fixed_among` and, in row mode, on rank:
+    asking for more rows extends the mask and changes none of it.
 
     Args:
         rates: Drop probability of each branch, in [0, 1).
@@ -65,28 +74,51 @@ def draw(
         micro_batch: Which forward of that step.
         mode: "row" draws one mask a row, "batch" one for all rows of a branch, the same on every rank.
         rank: Process number, so that replicas drop different rows.
+        fixed_among: Of the first `fixed_among` rows of a branch drop exactly `round(rate * fixed_among)`, those with
+            the smallest random numbers, and a later row if its number is among theirs. None: every row by itself.
 
     Returns:
         Bool `Tensor[branches, N]` on the CPU; `True` is an undropped row.
     """
-    drawn = rows if mode == "row" else 1
-    blocks = -(-drawn // 4)  # one counter yields four words, for four neighbouring rows
-    branch = torch.arange(len(rates), dtype=torch.int64)[:, None] | ((rank if mode == "row" else 0) << 16)
-    block = torch.arange(blocks, dtype=torch.int64)[None, :]
-    shape = (len(rates), blocks)
-    counter = torch.stack(
-        (
-            block.expand(shape),
-            branch.expand(shape),
-            torch.full(shape, micro_batch & _WORD, dtype=torch.int64),
-            torch.full(shape, cycle & _WORD, dtype=torch.int64),
-        ),
-        dim=-1,
-    )
-    words = philox(counter, (seed & _WORD, seed >> 32)).flatten(1)[:, :drawn]
-    threshold = torch.tensor([round(rate * 2**32) for rate in rates], dtype=torch.int64)
-    keep = words >= threshold[:, None]
-    return keep if mode == "row" else keep.expand(-1, rows).clone()
+    if mode == "batch":
+        rank, drawn = 0, 1
+    else:
+        drawn = max(rows, fixed_among or 0)
+    words = _words(len(rates), -(-drawn // 4), seed, cycle, micro_batch, rank)[:, :drawn]
+    if fixed_among is None:
+        keep = words >= _thresholds(tuple(rates))
+    else:
+        words = (words << 20) + torch.arange(drawn, device="cpu")  # no two are equal
+        dropped = torch.tensor([[int(rate * fixed_among + 0.5)] for rate in rates], device="cpu")
+        ordered = nn.functional.pad(words[:, :fixed_among].sort(1).values, (0, 1), value=_ABOVE)
+        keep = words >= ordered.gather(1, dropped)
+    return keep[:, :rows] if mode == "row" else keep.expand(-1, rows).clone()
+
+
+def _words(branches: int, blocks: int, seed: int, cycle: int, micro_batch: int, rank: int) -> Tensor:
+    """Random words, int64 `Tensor[branches, 4 * blocks]`; do not write to them."""
+    # Drawing one mask or sixteen takes about as long, so those of the next cycles are drawn with it.
+    cycles = max(min(16, _CACHED_WORDS // (4 * blocks * branches or 1)), 1)
+    some = _words_of_cycles(branches, blocks, seed, cycle // cycles * cycles, cycles, micro_batch, rank)
+    return some[cycle % cycles]
+
+
+@lru_cache(maxsize=32)
+def _words_of_cycles(
+    branches: int, blocks: int, seed: int, first: int, cycles: int, micro_batch: int, rank: int
+) -> Tensor:
+    shape = (cycles, branches, blocks)
+    counter = torch.empty((*shape, 4), dtype=torch.int64, device="cpu")
+    counter[..., 0] = torch.arange(blocks, device="cpu")  # one counter yields four words, for four neighbouring rows
+    counter[..., 1] = (torch.arange(branches, device="cpu") | (rank << 16))[:, None]
+    counter[..., 2] = micro_batch & _WORD
+    counter[..., 3] = (torch.arange(first, first + cycles, device="cpu") & _WORD)[:, None, None]
+    return philox(counter, (seed & _WORD, seed >> 32)).flatten(2)
+
+
+@lru_cache(maxsize=32)
+def _thresholds(rates: tuple[float, ...]) -> Tensor:
+    return torch.tensor([[round(rate * 2**32)] for rate in rates], dtype=torch.int64, device="cpu").view(-1, 1)
 
 
 def branch_rates(depths: Sequence[int], rate: float, decay: Decay) -> list[float]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
 
 _OWN = frozenset({"optimizer", "handle"})
+_SCALES = "_step_supports_amp_scaling"
 
 
 class MaskedOptimizer(Optimizer):
@@ -35,19 +36,31 @@ class MaskedOptimizer(Optimizer):
         ArgumentError: If `optimizer` is no `torch.optim.Optimizer`, or is wrapped already.
     """
 
+    _may_be_skipped = False
+
     def __init__(self, optimizer: Optimizer, handle: ResidualDropPath) -> None:
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"wrap needs a torch.optim.Optimizer; got {type(optimizer).__name__}")
         if isinstance(optimizer, MaskedOptimizer):
             raise ArgumentError("this optimizer is wrapped already; wrap the plain one, once")
+        if hasattr(optimizer, "step_was_skipped"):
+            # Its `step` does nothing between accumulated micro-batches, which cannot be seen from outside.
+            raise ArgumentError(
+                f"this {type(optimizer).__name__} has been through accelerator.prepare; wrap first and prepare the "
+                "result: accelerator.prepare(handle.wrap(optimizer))"
+            )
         # Optimizer.__init__ is not called: it would make groups and state of its own.
         self.optimizer = optimizer
         self.handle = handle
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OWN or (name.startswith("__") and name.endswith("__")) or name == "_step_supports_amp_scaling":
-            # Without that last attribute GradScaler unscales and checks for inf itself and calls `step` only when
-            # there is none; with it, fused optimizers would be stepped, and the phase advanced, regardless.
+        if name == _SCALES:
+            # Without this attribute GradScaler unscales and checks for inf itself and calls `step` only when there is
+            # none; with it, fused optimizers would be stepped, and the phase advanced, regardless. It is about to do
+            # one or the other: if no `step` comes, the gradients of the step had an inf.
+            self._may_be_skipped = True
+            raise AttributeError(name)
+        if name in _OWN or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
@@ -72,21 +85,28 @@ class MaskedOptimizer(Optimizer):
         """Step the wrapped optimizer on the parameters that are not frozen, then go to the next phase.
 
         Args:
-            closure: As in `torch.optim`; each call replays the masks of the step from its first forward on.
+            closure: As in `torch.optim`; each call begins anew where the step stood when `step` was called, so forwards
+                before it (gradient accumulation) count, and every call replays the same masks.
             kwargs: Passed on.
 
         Returns:
             What the wrapped optimizer returns.
         """
+        if closure is None:
+            self.handle._agree()
         hidden: list[tuple[Tensor, Tensor | None]] = []
         # LBFGS moves all parameters along one direction, whether they have a gradient or not.
-        before = [(p, p.detach().clone()) for p in self._parameters()] if isinstance(self.optimizer, LBFGS) else []
+        before = [(p, p.detach().clone()) for p in self.parameters()] if isinstance(self.optimizer, LBFGS) else []
+
+        position = self.handle._position()
+        self._may_be_skipped = False
 
         def evaluate() -> Any:
             _show(hidden)
-            self.handle._restart_step()
+            self.handle._restart_step(position)
             assert closure is not None
             loss = closure()
+            self.handle._agree()
             hidden.extend(self._hide())
             return loss
 
@@ -103,11 +123,13 @@ class MaskedOptimizer(Optimizer):
                 if id(parameter) in frozen:
                     parameter.copy_(old)
         self.handle._stepped(self)
+        if before:
+            self.handle._watch.forget()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; forwards whose gradients are thrown away no longer count for the step."""
-        self.handle._restart_step(only_finished=True)
+        self.handle._forget_finished()
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,13 +144,19 @@ class MaskedOptimizer(Optimizer):
         """Add parameters to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Those of all groups of the wrapped optimizer."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def skipped(self) -> bool:
+        """Has a GradScaler withheld a step since the last call of this, because gradients had an inf?"""
+        skipped, self._may_be_skipped = self._may_be_skipped, False
+        return skipped
 
     def _hide(self) -> list[tuple[Tensor, Tensor | None]]:
         """Set the gradients of frozen parameters to None and return them."""
         frozen = self.handle._frozen_parameters()
-        hidden = [(p, p.grad) for p in self._parameters() if id(p) in frozen]
+        hidden = [(p, p.grad) for p in self.parameters() if id(p) in frozen]
         for parameter, _ in hidden:
             parameter.grad = None
         return hidden

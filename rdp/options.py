@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from rdp.errors import ArgumentError
-from rdp.masks import Decay, Mode
+from rdp.masks import Decay, Mode, Sampling
 from rdp.phases import Phase, Schedule
 
 Freeze = Literal["output", "params"]
@@ -17,7 +17,14 @@ Native = Literal["error", "off"]
 Compute = Literal["auto", "rows", "dense"]
 Select = Iterable[str] | Callable[[str, nn.Module], bool] | None
 
-_CHOICES = {"mode": Mode, "decay": Decay, "freeze": Freeze, "native": Native, "compute": Compute}
+_CHOICES = {
+    "mode": Mode,
+    "decay": Decay,
+    "sampling": Sampling,
+    "freeze": Freeze,
+    "native": Native,
+    "compute": Compute,
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Options:
     rate: float
     mode: Mode
     decay: Decay
+    sampling: Sampling
     freeze: Freeze
     scale_by_keep: bool
     phases: tuple[Phase, ...]
@@ -55,6 +63,11 @@ class Options:
             raise ArgumentError(
                 "freeze='params' needs mode='batch': with one mask a row, some rows of a batch freeze a parameter "
                 "while others train it. Use mode='batch', or freeze='output'"
+            )
+        if self.sampling == "fixed" and self.mode == "batch":
+            raise ArgumentError(
+                "sampling='fixed' needs mode='row': it drops a fixed number of rows of each branch, and batch mode "
+                "drops all or none. Use mode='row', or sampling='bernoulli'"
             )
         if isinstance(self.branches, str):
             raise ArgumentError(f"branches must be a list of names, not one string; write [{self.branches!r}]")

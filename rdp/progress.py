@@ -12,16 +12,26 @@ from torch import Tensor
 from rdp import masks
 from rdp.branches import Branch
 from rdp.errors import StateError
-from rdp.masks import Mode
+from rdp.masks import Mode, Sampling
 from rdp.phases import Phase, Schedule
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which masks a forward has: with the seed and the cycle, all that it takes to draw them again."""
+
+    number: int
+    """Of the forward within the DROP step that was first to use them."""
+    rows: int
+    """How many rows that forward had."""
 
 
 @dataclass
 class _Counted:
     """A forward that counts for the current step."""
 
-    draw: int
-    """Number of its masks within the cycle."""
+    draw: Draw
+    rows: int
     live: Tensor
     """Bool `Tensor[branches]`: does some row reach the loss through the branch, with gradient?"""
     gradients: Hashable
@@ -39,22 +49,34 @@ class Progress:
         branches: The branches, with their rates.
         seed: Of the mask stream.
         mode: "row" or "batch".
+        sampling: "bernoulli" or "fixed".
         one_draw: Use the same masks in all forwards of a step.
     """
 
     def __init__(
-        self, schedule: Schedule, branches: Sequence[Branch], *, seed: int, mode: Mode, one_draw: bool
+        self,
+        schedule: Schedule,
+        branches: Sequence[Branch],
+        *,
+        seed: int,
+        mode: Mode,
+        sampling: Sampling = "bernoulli",
+        one_draw: bool = False,
     ) -> None:
         self.schedule = schedule
         self.branches = tuple(branches)
         self.seed = seed
         self.mode = mode
+        self.sampling = sampling
         self.one_draw = one_draw
         self.step_count = 0
-        self.masks = torch.ones(len(self.branches), 0, dtype=torch.bool)
+        self.masks = torch.ones(len(self.branches), 0, dtype=torch.bool, device="cpu")
+        self._rates = [branch.rate for branch in self.branches]
         self._counted: list[_Counted] = []
-        self._replayed: list[int] = []  # the draws of the latest DROP step, in order
-        self._ungated = torch.tensor([b.rate == 0 for b in self.branches], dtype=torch.bool)
+        self._replayed: list[Draw] = []  # of the latest DROP step, in order
+        self._ungated = torch.tensor([rate == 0 for rate in self._rates], dtype=torch.bool, device="cpu")
+        nested = [(i, branch.inside) for i, branch in enumerate(self.branches) if branch.inside is not None]
+        self._nested = sorted(nested, key=lambda pair: self._depth(pair[0]))
 
     @property
     def phase(self) -> Phase:
@@ -66,17 +88,17 @@ class Progress:
         """How many forwards count for the current step so far."""
         return len(self._counted)
 
-    def begin_forward(self, rows: int, rank: int = 0, ranks: int = 1, gradients: Hashable = None) -> Tensor:
+    def begin_forward(self, rows: int, rank: int = 0, gradients: Hashable = None) -> Tensor:
         """Start a forward of `rows` rows and return its masks, bool `Tensor[branches, rows]`."""
-        number = self._next_draw()
-        self.masks = self._draw(rows, number, rank)
-        self._counted.append(_Counted(number, self._live(rows, number, rank, ranks), gradients))
+        draw = self._next_draw(rows)
+        self.masks = self._draw(draw, rows, rank)
+        self._counted.append(_Counted(draw, rows, self._live(self.masks), gradients))
         return self.masks
 
     def live(self) -> Tensor:
-        """Bool `Tensor[branches]`: the branches that learn in the current step."""
+        """Bool `Tensor[branches]`: the branches that learn in the current step, as far as this rank can tell."""
         if not self._counted:
-            return torch.ones(len(self.branches), dtype=torch.bool)
+            return torch.ones(len(self.branches), dtype=torch.bool, device="cpu")
         return torch.stack([counted.live for counted in self._counted]).any(0)
 
     def advance(self) -> None:
@@ -86,102 +108,133 @@ class Progress:
         self._counted = []
         self.step_count += 1
 
-    def forget_forwards(self, gradients: Hashable = None) -> None:
+    def forget_finished(self, gradients: Hashable) -> None:
         """The gradients of the current step are thrown away, and with them the forwards that made them.
 
         Args:
             gradients: The state of the model's gradients; forwards that began in just this state have not had their
-                backward yet and still count. None forgets all.
+                backward yet and still count.
         """
-        self._counted = [c for c in self._counted if gradients is not None and c.gradients == gradients]
+        self._counted = [c for c in self._counted if c.gradients == gradients]
+
+    def counted(self) -> list[_Counted]:
+        """The forwards that count for the current step, for `count`."""
+        return list(self._counted)
+
+    def count(self, forwards: list[_Counted]) -> None:
+        """Let these forwards count, and no others."""
+        self._counted = list(forwards)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and masks, as plain numbers and tensors."""
         return {
             "branches": [branch.name for branch in self.branches],
-            "rates": [branch.rate for branch in self.branches],
+            "rates": list(self._rates),
             "phases": [phase.value for phase in self.schedule.phases],
             "mode": self.mode,
+            "sampling": self.sampling,
             "seed": self.seed,
             "step_count": self.step_count,
-            "draws": [counted.draw for counted in self._counted],
-            "live": [counted.live.clone() for counted in self._counted],
-            "replayed": list(self._replayed),
+            "forwards": [[c.draw.number, c.draw.rows, c.rows] for c in self._counted],
+            "replayed": [[draw.number, draw.rows] for draw in self._replayed],
             "masks": self.masks.clone(),
         }
 
-    def check(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return `state` if it has the form of a state dict, whatever model it is of."""
-        if not isinstance(state, dict):
-            raise StateError(f"this is no state of a ResidualDropPath handle, but a {type(state).__name__}")
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise StateError(f"this is no state of a ResidualDropPath handle: it lacks {sorted(missing)}")
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved.
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse what is no state dict, or that of another run.
 
         Raises:
-            StateError: If a key is missing, or the state is of other branches, rates, phases or another mode.
+            StateError: If a key is missing, a value is damaged, or the state is of other branches, rates, phases,
+                another mode or another sampling. Branches are compared once they are known on both sides.
         """
+        if not isinstance(state, dict):
+            raise StateError(f"this is no state of a ResidualDropPath handle, but a {type(state).__name__}")
         mine = self.state_dict()
-        self.check(state)
-        for key in ("branches", "rates", "phases", "mode"):
-            if key in ("branches", "rates") and not state["branches"]:
-                continue  # saved before the branches were found
+        missing = mine.keys() - state.keys()
+        if missing:
+            raise StateError(f"this is no state of a ResidualDropPath handle: it lacks {sorted(missing)}")
+        compared = ["phases", "mode", "sampling"] + (
+            ["branches", "rates"] if self.branches and state["branches"] else []
+        )
+        for key in compared:
             if mine[key] != state[key]:
                 raise StateError(
                     f"the state was saved with other {key} than this handle has: {_shorten(state[key])} in the state, "
                     f"{_shorten(mine[key])} here. Attach with the arguments of the saved run"
                 )
-        self.seed = int(state["seed"])
-        self.step_count = int(state["step_count"])
-        self._counted = [
-            _Counted(int(draw), live.clone().cpu(), None)
-            for draw, live in zip(state["draws"], state["live"], strict=True)
-        ]
-        self._replayed = [int(draw) for draw in state["replayed"]]
-        if state["branches"]:
+        sound = {
+            "seed": _is_count(state["seed"]) and state["seed"] < 2**64,
+            "step_count": _is_count(state["step_count"]),
+            "forwards": _is_table(state["forwards"], 3),
+            "replayed": _is_table(state["replayed"], 2),
+            "masks": isinstance(state["masks"], Tensor)
+            and state["masks"].dtype == torch.bool
+            and state["masks"].dim() == 2
+            and len(state["masks"]) == len(state["branches"]),
+        }
+        for key in (key for key, is_sound in sound.items() if not is_sound):
+            raise StateError(f"{key} in the state is damaged: {_shorten(state[key])}. Load another checkpoint")
+
+    def load_state_dict(self, state: dict[str, Any], rank: int = 0) -> None:
+        """Continue where `state` was saved, on this or another rank.
+
+        Raises:
+            StateError: As `check` does; nothing has changed then.
+        """
+        self.check(state)
+        self.seed, self.step_count = state["seed"], state["step_count"]
+        self._replayed = [Draw(number, rows) for number, rows in state["replayed"]]
+        self._counted = []
+        if state["branches"] and self.branches:
             self.masks = state["masks"].clone().cpu()
+            for number, drawn_rows, rows in state["forwards"]:
+                draw = Draw(number, drawn_rows)
+                self._counted.append(_Counted(draw, rows, self._live(self._draw(draw, rows, rank)), None))
 
-    def _next_draw(self) -> int:
-        if self.one_draw:
-            return 0
+    def _next_draw(self, rows: int) -> Draw:
         if self.phase is Phase.FREEZE and self._replayed:
-            return self._replayed[self.forwards % len(self._replayed)]
-        return max((counted.draw + 1 for counted in self._counted), default=0)
+            return self._replayed[0 if self.one_draw else self.forwards % len(self._replayed)]
+        if self.one_draw:
+            return Draw(0, rows)
+        return Draw(max((counted.draw.number + 1 for counted in self._counted), default=0), rows)
 
-    def _draw(self, rows: int, number: int, rank: int) -> Tensor:
+    def _draw(self, draw: Draw, rows: int, rank: int) -> Tensor:
         if self.phase is Phase.PLAIN:
-            return torch.ones(len(self.branches), rows, dtype=torch.bool)
-        rates = [branch.rate for branch in self.branches]
-        cycle = self.schedule.cycle(self.step_count)
-        return masks.draw(rates, rows, seed=self.seed, cycle=cycle, micro_batch=number, mode=self.mode, rank=rank)
+            return torch.ones(len(self.branches), rows, dtype=torch.bool, device="cpu")
+        return masks.draw(
+            self._rates,
+            rows,
+            seed=self.seed,
+            cycle=self.schedule.cycle(self.step_count),
+            micro_batch=draw.number,
+            mode=self.mode,
+            rank=rank,
+            fixed_among=draw.rows if self.sampling == "fixed" else None,
+        )
 
-    def _live(self, rows: int, number: int, rank: int, ranks: int) -> Tensor:
-        """Which branches learn on any rank; every rank comes to the same answer without asking the others."""
-        live = self._learning_rows(self.masks).any(1)
-        others = (r for r in range(ranks) if r != rank) if self.mode == "row" else ()
-        for other in others:
-            if bool(live.all()):
-                break
-            live = live | self._learning_rows(self._draw(rows, number, other)).any(1)
-        return live
+    def _live(self, keep: Tensor) -> Tensor:
+        """Bool `Tensor[branches]`: the branches that have a row with a gradient."""
+        learning = ~keep if self.phase is Phase.FREEZE else keep
+        if not self._nested:
+            return learning.any(1) | self._ungated
+        learning = learning | self._ungated[:, None]
+        for inner, outer in self._nested:
+            learning[inner] &= learning[outer]
+        return learning.any(1)
 
-    def _learning_rows(self, keep: Tensor) -> Tensor:
-        """Bool `Tensor[branches, rows]`: the rows that have a gradient through the branch."""
-        learning = ~keep if self.phase is Phase.FREEZE else keep.clone()
-        learning |= self._ungated[:, None]
-        for index in sorted(range(len(self.branches)), key=self._nesting):
-            around = self.branches[index].inside
-            if around is not None:
-                learning[index] &= learning[around]
-        return learning
-
-    def _nesting(self, index: int) -> int:
+    def _depth(self, index: int) -> int:
         around = self.branches[index].inside
-        return 0 if around is None else 1 + self._nesting(around)
+        return 0 if around is None else 1 + self._depth(around)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_table(value: object, width: int) -> bool:
+    """Is this a list of lists of `width` counts each?"""
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, list) and len(row) == width and all(map(_is_count, row)) for row in rows)
 
 
 def _shorten(value: object, limit: int = 120) -> str:

@@ -132,13 +132,6 @@ def choose_branches(
     return rated, refused, found.programs
 
 
-def rank_and_ranks() -> tuple[int, int]:
-    """The number of this process and of all."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Branch]:
     if options.branches is None:
         return list(found.branches)

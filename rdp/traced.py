@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rdp.discovery.trace import tensors_in
+from rdp.errors import BranchError
+
 if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
 
@@ -40,6 +43,25 @@ def begin_forward(x: Tensor, handle: int, branches: int) -> Tensor:
 @begin_forward.register_fake
 def _(x: Tensor, handle: int, branches: int) -> Tensor:
     return torch.empty((branches, x.shape[0]), dtype=torch.bool)
+
+
+def begin(handle: ResidualDropPath, args: Any, kwargs: Any) -> None:
+    """Begin a forward as torch.compile sees it.
+
+    Raises:
+        BranchError: If the branches are not known yet.
+    """
+    handle._traced_masks = None
+    if handle._pauses or not handle.model.training or not torch.is_grad_enabled():
+        return
+    if not handle.branches:
+        raise BranchError(
+            "the model is compiled before its branches are known; pass example_inputs to rdp.attach, or call "
+            "handle.discover(inputs), so that they are found beforehand"
+        )
+    x = next(tensor for tensor in tensors_in((args, kwargs)) if tensor.dim())
+    masks = begin_forward(x.detach(), handle._key, len(handle.branches))
+    handle._traced_masks = masks.to(x.device, non_blocking=True)
 
 
 def register(handle: ResidualDropPath) -> int:

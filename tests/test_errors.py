@@ -403,7 +403,7 @@ def test_a_state_of_another_model_rate_or_mode_is_refused_and_changes_nothing(ot
         model(x)  # with branches to be found, there may be nothing to compare with before
 
     refused(model, load, word, error=rdp.StateError)
-    if late:
+    if late and word != "mode":
         refused(model, lambda: model(x), word, error=rdp.StateError)  # not just once, and then plain training
     else:
         assert identical(handle.state_dict(), before)

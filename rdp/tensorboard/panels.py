@@ -240,9 +240,9 @@ def parameter_counts(handle: ResidualDropPath) -> tuple[int, int]:
     Returns:
         (live, frozen); together the parameters that require gradients.
     """
-    frozen_ids = handle._frozen_parameters()
-    sizes = {id(p): p.numel() for p in handle.model.parameters() if p.requires_grad}
-    frozen = sum(size for key, size in sizes.items() if key in frozen_ids)
+    frozen_names = set(handle.frozen)
+    sizes = {name: p.numel() for name, p in handle.model.named_parameters() if p.requires_grad}
+    frozen = sum(size for name, size in sizes.items() if name in frozen_names)
     return sum(sizes.values()) - frozen, frozen
 
 

@@ -1,0 +1,81 @@
+"""How the ranks come to one view of which branches are live: once a step, or once a forward under `Join`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdp.ranks import Question, Ranks
+
+
+class Agreement:
+    """The live branches of the current step, on all ranks together.
+
+    Under `torch.distributed.algorithms.join.Join` a rank that is out of data is told of every forward of the others,
+    but not of their steps. There the ranks ask at every forward, without waiting, and collect the answers at the step.
+
+    Args:
+        ranks: The processes.
+        facts: Returns what must be the same on all of them, by name.
+    """
+
+    def __init__(self, ranks: Ranks, facts: Callable[[], Mapping[str, object]]) -> None:
+        self.ranks = ranks
+        self.several = False
+        self.live: Tensor | None = None
+        """Bool `Tensor[branches]`; None before the ranks have agreed, or where there is but one."""
+        self._facts = facts
+        self._questions: list[Question] = []
+
+    def forward_begins(self, joinable: Any, live: Callable[[], Tensor]) -> None:
+        """Ask, if `joinable` is in a `Join` context."""
+        self.several = self.ranks.size > 1
+        config = getattr(joinable, "_join_config", None)  # set by Join
+        if self.several and config is not None and config.enable:
+            from torch.distributed.algorithms.join import Join
+
+            Join.notify_join_context(joinable)
+            self._questions.append(self.ranks.ask(live(), self._facts()))
+
+    def settle(self, live: Tensor) -> None:
+        """All ranks are about to step.
+
+        Args:
+            live: Bool `Tensor[branches]`, as far as this rank knows.
+
+        Raises:
+            RankError: If they do not agree on what must be the same.
+        """
+        if self.several:
+            questions = self._questions or [self.ranks.ask(live, self._facts())]
+            self.live = torch.stack([question.answer() for question in questions]).any(0)
+
+    def forget(self) -> None:
+        """The step is over."""
+        self.live = None
+        self._questions.clear()
+
+    def shadow(self) -> None:
+        """Answer a forward of the other ranks, having no data."""
+        self.ranks.ask(None, self._facts()).answer()
+
+
+class ShadowHook:
+    """A `torch.distributed.algorithms.join.JoinHook`.
+
+    Args:
+        agreement: To be kept with ranks that still have data.
+    """
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+
+    def main_hook(self) -> None:
+        """Called for each forward of the others."""
+        self._agreement.shadow()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Called when all ranks are out of data."""
