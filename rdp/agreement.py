@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdp.errors import RankError
 from rdp.ranks import Question, Ranks
 
 
@@ -31,13 +32,16 @@ class Agreement:
         self._questions: list[Question] = []
 
     def forward_begins(self, joinable: Any, live: Callable[[], Tensor]) -> None:
-        """Ask, if `joinable` is in a `Join` context."""
+        """Ask, if `joinable` is in a `Join` context.
+
+        Raises:
+            RankError: If it is the first there, and so would have to speak up before the model does.
+        """
         self.several = self.ranks.size > 1
         config = getattr(joinable, "_join_config", None)  # set by Join
         if self.several and config is not None and config.enable:
-            from torch.distributed.algorithms.join import Join
-
-            Join.notify_join_context(joinable)
+            if config.is_first_joinable:
+                raise RankError("the handle is first in Join([...]); list the model first: Join([ddp_model, handle])")
             self._questions.append(self.ranks.ask(live(), self._facts()))
 
     def settle(self, live: Tensor) -> None:
@@ -68,14 +72,19 @@ class ShadowHook:
 
     Args:
         agreement: To be kept with ranks that still have data.
+        step_count: Returns the number of steps that this rank has ended.
+        skip_to: Goes to a later step, which others have reached.
     """
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, agreement: Agreement, step_count: Callable[[], int], skip_to: Callable[[int], None]) -> None:
         self._agreement = agreement
+        self._step_count = step_count
+        self._skip_to = skip_to
 
     def main_hook(self) -> None:
         """Called for each forward of the others."""
         self._agreement.shadow()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Called when all ranks are out of data."""
+        """Called when all ranks are out of data: those that were so first catch up."""
+        self._skip_to(self._agreement.ranks.highest(self._step_count()))

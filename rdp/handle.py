@@ -190,14 +190,11 @@ class ResidualDropPath:
             )
         self._progress.load_state_dict(state, self._agreement.ranks.rank)
         self._pending_state = None if self.branches else state
-        self._traced_phase = self.phase
-        self._forwards.forget()
-        self._watch.forget()
-        self._agreement.forget()
+        self._moved()
 
     def join_hook(self, **kwargs: Any) -> ShadowHook:
         """What `torch.distributed.algorithms.join.Join([ddp_model, handle])` does on ranks that are out of data."""
-        return ShadowHook(self._agreement)
+        return ShadowHook(self._agreement, lambda: self.step_count, self._skip_to)
 
     @property
     def join_device(self) -> torch.device:
@@ -313,6 +310,17 @@ class ResidualDropPath:
         live = (self._progress.live() if agreed is None else agreed).tolist()
         moving = {id(p) for alive, group in zip(live, self._by_branch, strict=True) if alive for p in group}
         return frozenset(id(p) for group in self._by_branch for p in group if id(p) not in moving)
+
+    def _skip_to(self, step: int) -> None:
+        self._progress.skip_to(step)
+        self._moved()
+
+    def _moved(self) -> None:
+        """Training goes on at another point than it was at."""
+        self._traced_phase = self.phase
+        self._forwards.forget()
+        self._watch.forget()
+        self._agreement.forget()
 
     def _agree(self) -> None:
         """All ranks are about to step."""

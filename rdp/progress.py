@@ -108,6 +108,12 @@ class Progress:
         self._counted = []
         self.step_count += 1
 
+    def skip_to(self, step: int) -> None:
+        """Go to a later step that other ranks have reached; does nothing where it is not later."""
+        if step > self.step_count:
+            # What they drew in DROP is not known, but forward k has draw k unless one was thrown away.
+            self.step_count, self._counted, self._replayed = step, [], []
+
     def forget_finished(self, gradients: Hashable) -> None:
         """The gradients of the current step are thrown away, and with them the forwards that made them.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class Ranks:
         work = dist.all_reduce(sent, dist.ReduceOp.BOR, group=self._group(), async_op=True)
         return Question(tuple(facts), branches, sent, work)
 
+    def highest(self, number: int) -> int:
+        """The largest of the numbers that the ranks call this with."""
+        numbers = torch.tensor([number], device="cpu")
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group())
+        return int(numbers)
+
     def leave(self) -> None:
         """Give back what `ask` has made."""
         group, self._cpu_group = self._cpu_group, None
@@ -88,10 +95,22 @@ class Ranks:
     def _group(self) -> Any:
         # A group of its own on the CPU: no device has to be waited for, and no collective of others mixed with it.
         if self._cpu_group is None:
-            ranks = dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
+            group = self.process_group or dist.group.WORLD
+            ranks = dist.get_process_group_ranks(group)
             everyone = len(ranks) == dist.get_world_size()
-            self._cpu_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=not everyone)
+            self._cpu_group = dist.new_group(
+                ranks, _timeout(group), backend="gloo", use_local_synchronization=not everyone
+            )
         return self._cpu_group
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long the collectives of a group wait; None if it does not say."""
+    try:
+        timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+    return timeout
 
 
 def _with_complement(fact: object) -> bytes:

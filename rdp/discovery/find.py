@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rdp.branches import Branch, GatePoint, Kind, Refusal
 from rdp.discovery import forwards
@@ -15,12 +15,10 @@ from rdp.discovery.graph import Graph
 from rdp.discovery.ownership import parameters_by_branch
 from rdp.discovery.program import NotIndependent, Program, branch_program, draws_random_numbers
 from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
+from rdp.discovery.row_axes import first_coupled, row_axis
 from rdp.discovery.seams import Seam, find_seams, parameters_after
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.verify import verify_programs
-
-_COUPLED, _ROUNDING = 1e-2, 1e-4
-"""Relative errors: more than the first shows that rows influence each other; up to the second is rounding."""
 
 _INNER_SHARE = 0.5
 """Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
@@ -93,14 +91,16 @@ def find_branches(
         candidates = _candidates(graph, residuals)
         candidates = _without_nested(graph, model, candidates)
         candidates = _with_named(graph, candidates, named)
-        ends = {seam.call.name for c in candidates for seam in c.seams}
-        two, one = forwards.observe(model, pair, ends), forwards.observe(model, single, ends)
+        alone = Graph(Trace(model).run(*single))
+        gates = {id(c): _gate_points(graph, alone, c) for c in candidates}
         programs: dict[str, Program] = {}
         reasons: dict[str, str] = {}
         if want_programs:
-            programs, reasons = _programs(graph, Graph(Trace(model).run(*single)), model, candidates, allow_random)
-            reasons |= verify_programs(model, pair, programs, two)
-    gates = {id(c): _gate_points(c, two, one) for c in candidates}
+            programs, reasons = _programs(graph, alone, model, candidates, allow_random)
+            reasons |= verify_programs(model, pair, programs)
+        # Branches that were verified are known to be independent.
+        dense = [g for c in candidates if c.name not in programs or c.name in reasons for g in gates[id(c)]]
+        coupled = first_coupled(model, pair, single, dense) if need_rows else None
     for candidate in candidates:
         if need_rows and candidate.reason is None and any(gate.rows is None for gate in gates[id(candidate)]):
             candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
@@ -111,7 +111,7 @@ def find_branches(
         branches,
         tuple(Refusal(c.name, _block(graph, c), c.reason or "") for c in refused),
         additions=len(residuals) + len(rejected) + len(side_inputs),
-        coupled=_coupled(branches, two, one),
+        coupled=coupled,
         programs={name: program for name, program in programs.items() if name not in reasons},
     )
 
@@ -198,9 +198,6 @@ def _with_named(graph: Graph, candidates: list[_Candidate], named: Sequence[str]
     return sorted(candidates, key=lambda c: c.seams[0].call.begin if c.seams else c.residuals[0].sum)
 
 
-Outputs = dict[str, list[Tensor]]
-
-
 def _programs(
     graph: Graph, single: Graph, model: nn.Module, candidates: list[_Candidate], allow_random: bool
 ) -> tuple[dict[str, Program], dict[str, str]]:
@@ -223,27 +220,17 @@ def _programs(
     return programs, reasons
 
 
-def _gate_points(candidate: _Candidate, two: Outputs, one: Outputs) -> tuple[GatePoint, ...]:
+def _gate_points(graph: Graph, single: Graph, candidate: _Candidate) -> tuple[GatePoint, ...]:
+    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
     points: dict[tuple[str, int], GatePoint] = {}
     for seam in candidate.seams:
         name, leaf = seam.call.name, seam.call.outputs.index(seam.value)
-        rows = forwards.row_axis(two[name][leaf], one[name][leaf])
+        twin = twins.get((name, seam.call.ordinal))
+        rows = None
+        if twin is not None and leaf < len(twin.outputs):
+            rows = row_axis(graph.values[seam.value].shape, single.values[twin.outputs[leaf]].shape)
         points[name, leaf] = GatePoint(name, leaf, rows, seam.zero_only, seam.of_block)
     return tuple(points.values())
-
-
-def _coupled(branches: tuple[Branch, ...], two: Outputs, one: Outputs) -> str | None:
-    """The first branch in which rows influence each other: there the error jumps; rounding errors grow slowly."""
-    before = 0.0
-    for branch in branches:
-        for gate in branch.gates:
-            if gate.rows is not None:
-                outputs = two[gate.module][gate.leaf], one[gate.module][gate.leaf]
-                error = forwards.row_error(*outputs, gate.rows)
-                if error > _COUPLED and before < _ROUNDING:
-                    return branch.name
-                before = max(before, error)
-    return None
 
 
 def _owner(graph: Graph, candidate: _Candidate) -> Call | None:

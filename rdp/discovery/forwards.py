@@ -1,8 +1,4 @@
-"""Running a model on two rows and on one, without leaving a trace, to see which axis of a tensor holds the rows.
-
-The axis that halves is the batch axis. It is not always the first: XLNet has it second, and MobileViT folds tokens
-into it, so that one row of the batch is several consecutive entries.
-"""
+"""Running a model on two rows and on one, without leaving a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rdp.branches import RowAxis
 from rdp.discovery.trace import tensors_in
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -94,22 +89,3 @@ def observe(model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> dict[st
         for hook in hooks:
             hook.remove()
     return seen
-
-
-def row_axis(pair: Tensor, single: Tensor) -> RowAxis | None:
-    """The axis along which a tensor of two rows and the same tensor of one row differ; None if that is unclear."""
-    if pair.dim() != single.dim():
-        return None
-    differing = [i for i, (two, one) in enumerate(zip(pair.shape, single.shape, strict=True)) if two != one]
-    if len(differing) != 1 or pair.shape[differing[0]] != 2 * single.shape[differing[0]]:
-        return None
-    return RowAxis(differing[0], single.shape[differing[0]])
-
-
-def row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:
-    """How much the first row differs beside a second one, relative to the largest number in it."""
-    if pair.is_meta or not pair.is_floating_point():
-        return 0.0
-    first = pair.narrow(where.axis, 0, where.fold).double()
-    error = (first - single.double()).abs().max()
-    return float(error / single.double().abs().max().clamp_min(1e-300))

@@ -23,16 +23,13 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
 
 
-def verify_programs(
-    model: nn.Module, pair: Inputs, programs: Mapping[str, Program], expected: Mapping[str, list[Tensor]]
-) -> dict[str, str]:
+def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Program]) -> dict[str, str]:
     """Run every branch on the second row in the model's own forward, and on the first by its program.
 
     Args:
         model: In eval mode.
         pair: Inputs of two rows.
         programs: By name of the module that ends the branch.
-        expected: The output tensors of those modules in a plain forward of `pair`.
 
     Returns:
         By name, why a branch failed; empty if all are exact.
@@ -42,7 +39,7 @@ def verify_programs(
     # Training mode shows also the code that only runs there; but where random numbers are drawn, nothing could be
     # compared in it.
     random = {name: program for name, program in programs.items() if draws_random_numbers(model, program)}
-    failed = _verify(model, pair, random, expected) if random else {}
+    failed = _verify(model, pair, random, observe(model, pair, random)) if random else {}
     if exact := {name: program for name, program in programs.items() if name not in random}:
         with as_in_training(model):
             expected = observe(model, pair, exact)

@@ -102,7 +102,7 @@ def test_at_most_two_rows_of_a_large_batch_are_used() -> None:
     model = Observer()
     find_branches(model, (torch.randn(1000, 3, 4, 4),), {})
     assert max(model.rows) == 2
-    assert sum(model.rows) <= 5
+    assert sum(model.rows) <= 6
 
 
 def test_the_first_training_forward_finds_branches_on_two_rows_and_then_runs_once_on_all() -> None:
