@@ -68,7 +68,9 @@ def attach(
         native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
         compute: "auto" runs only the rows that a step needs, in branches where that is exact. "rows" does so also in
             branches with dropout, where it keeps the distribution, but draws fewer numbers from the global RNG than a
-            plain forward. "dense" always runs all rows.
+            plain forward. "ghost" does so also through batch normalisation, which changes the mathematics: statistics
+            are those of the rows that run together (undropped or dropped), as in ghost batch normalisation, and
+            running statistics those of undropped rows. "dense" always runs all rows.
         seed: Of the masks, which are independent of the global RNG.
         process_group: The processes whose gradients are averaged, each with rows of its own: the data parallel group.
             None takes all processes of `torch.distributed`, or this one alone where that is not used.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from rdp.branches import Branch
 from rdp.errors import RdpWarning
 from rdp.hooks import GateHook
 from rdp.phases import Phase
+from rdp.slots import Slot, present
 
 if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
@@ -53,45 +54,47 @@ class Watch:
         self.model = model
         self.forwards = 0
         self.reached: set[int] = set()
+        self.compiled = False
+        """Has a compiled graph begun a forward? What it reaches cannot be seen."""
         self.moved: dict[str, int] = {}
         """Names of parameters that moved although they were frozen, with the number of the step."""
         self.warned: set[str] = set()
-        self._named: list[tuple[str, nn.Parameter]] = []
-        self._probes: list[nn.Parameter] = []
+        self._watched: list[Slot] = []
+        self._probes: list[Slot] = []
         self._versions: list[int] | None = None
         self._frozen: frozenset[int] = frozenset()
         self._announced = True
+        self._unannounced = 0
 
-    def found(self, branches: Iterable[Branch]) -> None:
-        """The branches are known."""
+    def found(self, branches: Iterable[Branch], places: Mapping[str, Slot]) -> None:
+        """The branches are known; `places` are those of all parameters."""
         parameters = dict(self.model.named_parameters())
         inside = {name for branch in branches for name in branch.parameters}
-        outside = [p for name, p in parameters.items() if name not in inside and p.requires_grad]
+        outside = [places[name] for name, p in parameters.items() if name not in inside and p.requires_grad]
         # Of what learns in every step a few are enough; parameters are registered from stem to head.
         half = _PROBES // 2
-        self._probes = (outside[:half] + outside[-half:]) or list(parameters.values())[:_PROBES]
-        probed = {id(p) for p in self._probes}
-        self._named = [(name, p) for name, p in parameters.items() if name in inside or id(p) in probed]
+        self._probes = (outside[:half] + outside[-half:]) or list(places.values())[:_PROBES]
+        self._watched = [places[name] for name in parameters if name in inside or places[name] in self._probes]
 
     def gradients(self) -> Hashable:
         """The state of the model's gradients; it changes when a backward runs and when they are cleared."""
-        return tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in self._probes)
+        return tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in present(self._probes))
 
     def has_no_gradients(self) -> bool:
         """Have the model's gradients been cleared, or none been made?"""
-        return all(p.grad is None for p in self._probes)
+        return all(p.grad is None for p in present(self._probes))
 
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
         """A training forward begins; `in_step` says that some, but not all optimizers have stepped."""
         self.forwards += 1
-        versions = [p._version for _, p in self._named]
+        versions = [p._version for p in present(self._watched)]
         if self._versions is not None and versions != self._versions:
             self._look(versions, phase, step, in_step)
         self._versions, self._announced, self._frozen = versions, False, frozenset()
 
     def step_ends(self, frozen: frozenset[int]) -> None:
         """The step was announced, with these parameters, by id, frozen in it."""
-        self._announced, self._frozen = True, frozen
+        self._announced, self._unannounced, self._frozen = True, 0, frozen
 
     def forget(self) -> None:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""
@@ -105,11 +108,15 @@ class Watch:
 
     def _look(self, versions: Sequence[int], phase: Phase, step: int, in_step: bool) -> None:
         changed = [
-            named for named, old, new in zip(self._named, self._versions or (), versions, strict=True) if old != new
+            slot for slot, old, new in zip(self._watched, self._versions or (), versions, strict=True) if old != new
         ]
         if self._announced:
-            self.moved |= {name: step - 1 for name, p in changed if id(p) in self._frozen}
+            self.moved |= {slot.name: step - 1 for slot in changed if id(slot.parameter) in self._frozen}
         elif not in_step:
+            self._unannounced += 1
+            # Once may be the climb of SAM, which moves parameters up before the step that is announced.
+            if self._unannounced < 2:
+                return
             self.warn(
                 "unannounced",
                 f"parameters have changed since the last training forward, but the phase is still {phase.name}: "
@@ -144,11 +151,8 @@ def _problems(handle: ResidualDropPath, watch: Watch, gated: list[Branch]) -> It
     if lost:
         yield f"{_listed(lost)} lost the hook, or was replaced by another module, and trains plainly; attach again"
     unreached = [b.name for i, b in enumerate(handle.branches) if b.rate > 0 and i not in watch.reached]
-    if watch.forwards and unreached:
-        yield (
-            f"{_listed(unreached)} was never reached by a training forward: the model skips it, or a compiled graph "
-            "was made before attach"
-        )
+    if watch.forwards and unreached and not watch.compiled:
+        yield (f"{_listed(unreached)} was never reached by a training forward: the model does not call it any more")
     if not handle._optimizers:
         yield (
             "no optimizer is wrapped: frozen parameters drift with momentum and weight decay, and phases alternate "

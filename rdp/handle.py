@@ -18,13 +18,14 @@ from rdp.branches import Branch, Refusal, branch_table
 from rdp.discovery.trace import tensors_in
 from rdp.doctor import Checkup, Watch, check
 from rdp.errors import ArgumentError, ForwardError, StateError
-from rdp.forward import Forward, Forwards, in_backward
+from rdp.forward import Forward, Forwards, in_backward, in_reentrant_checkpoint
 from rdp.native import NativeDrop, find_native_drops
 from rdp.optim import MaskedOptimizer
 from rdp.options import Options
 from rdp.phases import Phase, Schedule
 from rdp.progress import Progress
 from rdp.ranks import Ranks, check_sharding
+from rdp.slots import Slot, present, slots
 
 Position = tuple[Hashable, list[Any]]
 
@@ -58,7 +59,7 @@ class ResidualDropPath:
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
         for drop in self._silenced:
             drop.silence()
-        self._by_branch: list[list[nn.Parameter]] = []
+        self._by_branch: list[list[Slot]] = []
         self._key = traced.register(self)
         self._traced_masks: Tensor | None = None
         self._traced_phase = self.phase
@@ -245,9 +246,9 @@ class ResidualDropPath:
             progress.load_state_dict(self._pending_state, self._agreement.ranks.rank)
         self.branches, self.refused = branches, refused
         self._progress, self._pending_state = progress, None
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._by_branch = [[parameters[name] for name in branch.parameters] for branch in self.branches]
-        self._watch.found(self.branches)
+        places = slots(self.model)
+        self._by_branch = [[places[name] for name in branch.parameters] for branch in self.branches]
+        self._watch.found(self.branches, places)
         for index, branch in enumerate(self.branches):
             if branch.rate > 0:
                 self._hooks += hooks.install(self, index, branch, programs.get(branch.name))
@@ -271,6 +272,8 @@ class ResidualDropPath:
             rows = setup.check_inputs(args, kwargs)
             if not self.branches:
                 self._discover(args, kwargs)
+                if callable(unshard := getattr(self.model, "unshard", None)):
+                    unshard()  # FSDP has sharded the model again after the forwards of discovery
         except BaseException:
             self._forwards.begin(None)  # EndHook is called even so
             raise
@@ -300,16 +303,24 @@ class ResidualDropPath:
             return None
         # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits for
         # the gradients of branches that are out of the graph on this rank.
-        parameters = [p for group in self._by_branch for p in group if p.requires_grad]
+        parameters = [p for group in self._by_branch for p in present(group) if p.requires_grad]
         linked = gates.link(tensors[leaf], parameters)
         return linked if isinstance(output, Tensor) else gates.replace_leaf(output, leaf, linked)
+
+    def _may_leave_no_graph(self) -> bool:
+        """May a branch whose rows are all alike be left out of the graph?"""
+        # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
+        # another process may need what this one does not: sharded gradients are reduced by all or by none.
+        alike = self.options.mode == "batch" or not self._agreement.several
+        return alike and not in_reentrant_checkpoint()
 
     def _frozen_parameters(self) -> frozenset[int]:
         """The ids of the parameters that must not move in this step."""
         agreed = self._agreement.live
         live = (self._progress.live() if agreed is None else agreed).tolist()
-        moving = {id(p) for alive, group in zip(live, self._by_branch, strict=True) if alive for p in group}
-        return frozenset(id(p) for group in self._by_branch for p in group if id(p) not in moving)
+        by_branch = [{id(p) for p in present(group)} for group in self._by_branch]
+        moving = set().union(*(ids for alive, ids in zip(live, by_branch, strict=True) if alive))
+        return frozenset(set().union(*by_branch) - moving)
 
     def _skip_to(self, step: int) -> None:
         self._progress.skip_to(step)
@@ -340,7 +351,8 @@ class ResidualDropPath:
 
     def _forget_finished(self) -> None:
         """Forget the forwards of this step whose gradients exist already, since these are thrown away."""
-        self._progress.forget_finished(self._watch.gradients())
+        if not self._have_stepped:  # else they have been used, and the other optimizers will use theirs
+            self._progress.forget_finished(self._watch.gradients())
 
     def _position(self) -> Position:
         """Where the step stands, for `_restart_step`."""

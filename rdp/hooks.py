@@ -17,7 +17,7 @@ from rdp import gates, traced
 from rdp.branches import Branch, GatePoint
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
-from rdp.forward import Forward, in_backward, in_reentrant_checkpoint
+from rdp.forward import Forward, in_backward
 from rdp.phases import Phase
 from rdp.rows import BranchOnRows
 
@@ -113,11 +113,15 @@ class EntryHook(Hook):
         forward = self.handle._forwards.current()
         if forward is None or forward.phase is Phase.PLAIN:
             return None
-        if not 0 < forward.kept(self.branch) < forward.rows:
+        freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
+        kept, rows = forward.kept(self.branch), forward.rows
+        if kept == rows or rows == 1 or (kept == 0 and (freeze or not self.handle._may_leave_no_graph())):
             return None
+        if program.batch_norm and (kept < 2 or rows - kept < 2):
+            return None  # of a single row there may be no statistics
         device = next(tensors_in((args, kwargs))).device
         split = forward.split(self.branch, device)
-        return self.on_rows.enter(args, kwargs, split, freeze=forward.phase is Phase.FREEZE)
+        return self.on_rows.enter(args, kwargs, split, freeze)
 
 
 class LaterHook(Hook):
@@ -182,7 +186,7 @@ class GateHook(Hook):
         x, source = self._tensors(args, output)
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        elif (keep := forward.keeps_all(self.branch)) is not None and self._may_leave_no_graph():
+        elif (keep := forward.keeps_all(self.branch)) is not None and self.handle._may_leave_no_graph():
             gated = self._gate_whole(x, source, forward.phase, keep)
         else:
             gated = self._gate_rows(forward.phase, forward.keep(self.branch, x.device), x, source)
@@ -196,12 +200,6 @@ class GateHook(Hook):
         x, source = self._tensors(args, output)
         keep = masks[self.branch].to(x.device, non_blocking=True)
         return self._replaced(output, self._gate_rows(phase, keep, x, source))
-
-    def _may_leave_no_graph(self) -> bool:
-        # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
-        # another process may need what this one does not: sharded gradients are reduced by all or by none.
-        alike = self.handle.options.mode == "batch" or not self.handle._agreement.several
-        return alike and not in_reentrant_checkpoint()
 
     def _gates_in(self, phase: Phase) -> bool:
         return phase is Phase.DROP or (phase is Phase.FREEZE and self.handle.options.freeze == "output")

@@ -23,8 +23,6 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _CACHED_WORDS = 2**16
-_ABOVE = 2**62
-"""More than any word that was shifted to make it unique."""
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -90,8 +88,8 @@ def draw(
     else:
         words = (words << 20) + torch.arange(drawn, device="cpu")  # no two are equal
         dropped = torch.tensor([[int(rate * fixed_among + 0.5)] for rate in rates], device="cpu")
-        ordered = nn.functional.pad(words[:, :fixed_among].sort(1).values, (0, 1), value=_ABOVE)
-        keep = words >= ordered.gather(1, dropped)
+        ordered = nn.functional.pad(words[:, :fixed_among].sort(1).values, (1, 0), value=-1)
+        keep = words > ordered.gather(1, dropped)
     return keep[:, :rows] if mode == "row" else keep.expand(-1, rows).clone()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
 
 _OWN = frozenset({"optimizer", "handle"})
+_MOVES = frozenset({"train", "eval"})  # of schedule-free optimizers: from one average of the parameters to another
 _SCALES = "_step_supports_amp_scaling"
 
 
@@ -62,7 +64,10 @@ class MaskedOptimizer(Optimizer):
             raise AttributeError(name)
         if name in _OWN or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        found = getattr(self.optimizer, name)
+        if name in _MOVES and callable(found):
+            return functools.partial(self._moving, found)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers and samplers patch `step` on the instance; that must stay here, or frozen parameters would move.
@@ -101,7 +106,14 @@ class MaskedOptimizer(Optimizer):
         position = self.handle._position()
         self._may_be_skipped = False
 
+        @torch.no_grad()
+        def put_back(frozen: set[int]) -> None:
+            for parameter, old in before:
+                if id(parameter) in frozen:
+                    parameter.copy_(old)
+
         def evaluate() -> Any:
+            put_back({id(p) for p, _ in hidden})
             _show(hidden)
             self.handle._restart_step(position)
             assert closure is not None
@@ -118,10 +130,7 @@ class MaskedOptimizer(Optimizer):
         finally:
             frozen = {id(p) for p, _ in hidden}
             _show(hidden)
-        with torch.no_grad():
-            for parameter, old in before:
-                if id(parameter) in frozen:
-                    parameter.copy_(old)
+        put_back(frozen)
         self.handle._stepped(self)
         if before:
             self.handle._watch.forget()
@@ -152,6 +161,11 @@ class MaskedOptimizer(Optimizer):
         """Has a GradScaler withheld a step since the last call of this, because gradients had an inf?"""
         skipped, self._may_be_skipped = self._may_be_skipped, False
         return skipped
+
+    def _moving(self, move: Callable[[], Any]) -> Any:
+        result = move()
+        self.handle._watch.forget()
+        return result
 
     def _hide(self) -> list[tuple[Tensor, Tensor | None]]:
         """Set the gradients of frozen parameters to None and return them."""

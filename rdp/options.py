@@ -14,7 +14,7 @@ from rdp.phases import Phase, Schedule
 
 Freeze = Literal["output", "params"]
 Native = Literal["error", "off"]
-Compute = Literal["auto", "rows", "dense"]
+Compute = Literal["auto", "rows", "ghost", "dense"]
 Select = Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 _CHOICES = {

@@ -1,8 +1,9 @@
 """Running a branch only on the rows that a step needs.
 
 In DROP the branch's first module gets the undropped rows alone, and the gate at its end puts zeros in the others'
-places. In FREEZE the model's own call runs the undropped rows, whose gradient is stopped anyway; the dropped rows,
-the only ones that learn, are run by replaying the branch as a program.
+places. Where no row is left, a single one is run, since a hook cannot keep the model from calling the branch. In FREEZE
+the model's own call runs the undropped rows, whose gradient is stopped anyway; the dropped rows, the only ones that
+learn, are run by replaying the branch as a program.
 
 Should the model call a module of the branch otherwise than when the branch was found (an attention mask where there
 was none), the rows are put together again in front of that module, and the rest runs on all of them.
@@ -47,6 +48,8 @@ class _Passing:
     split: Split
     freeze: bool
     x: Tensor
+    unused: bool = False
+    """Is the one row that runs run for nothing?"""
     calls: dict[str, Arguments] = field(default_factory=dict)
 
 
@@ -85,7 +88,9 @@ class BranchOnRows:
         shape[where.axis] = split.total
         if list(x.shape) != shape and not (program.fits_any_shape and x.shape[where.axis] == split.total):
             return None
-        self._passing = _Passing(split, freeze, x, {program.entry: given})
+        if unused := not split.kept.numel():
+            split = Split(split.dropped[:1], split.dropped[1:])
+        self._passing = _Passing(split, freeze, x, unused, {program.entry: given})
         return self._filled(step, given, {program.fork: _take(x, where, split.kept)}, split.kept)
 
     def later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -101,6 +106,8 @@ class BranchOnRows:
     def leave_drop(self, z: Tensor) -> Tensor:
         """The branch output for all rows, zero for dropped ones, from that of the undropped rows."""
         passing, where = self._left(), self.program.axes[self.program.result]
+        if passing.unused:
+            return _all_rows(z, where, passing.split).zero_()
         return _all_rows(z, where, passing.split).zero_().index_copy_(where.axis, passing.split.kept, z)
 
     def leave_freeze(self, z: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ class BranchOnRows:
         """Run the first `steps` steps on the dropped rows; the values that they make."""
         rows = passing.split.dropped
         env = {self.program.fork: _take(passing.x, self.program.axes[self.program.fork], rows)}
-        with self._in_replay():
+        with self._in_replay(), self._without_running_statistics():
             for step in self.program.steps[:steps]:
                 if isinstance(step.target, str):
                     args, kwargs = self._filled(step, passing.calls.get(step.target, step.arguments), env, rows)
@@ -138,6 +145,29 @@ class BranchOnRows:
             yield
         finally:
             self.replaying = False
+
+    @contextlib.contextmanager
+    def _without_running_statistics(self) -> Iterator[None]:
+        """Let batch normalisation forget the few rows that it sees."""
+        names = [step.target for step in self.program.steps if isinstance(step.target, str)]
+        modules = (
+            [m for name in names for m in self.model.get_submodule(name).modules()] if self.program.batch_norm else []
+        )
+        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        try:
+            for norm in norms:
+                norm.track_running_stats = False
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+    def _norms_with_statistics(self) -> Iterator[nn.Module]:
+        for step in self.program.steps:
+            modules = self.model.get_submodule(step.target).modules() if isinstance(step.target, str) else ()
+            for module in modules:
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                    yield module
 
     def _filled(self, step: Step, given: Arguments, env: dict[int, Tensor], rows: Tensor) -> Arguments:
         """The arguments `given` to a step, with values from `env` and cut to `rows`."""

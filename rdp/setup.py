@@ -96,8 +96,9 @@ def choose_branches(
         kwargs,
         options.named,
         need_rows=by_row,
-        want_programs=by_row and options.compute != "dense",
-        allow_random=options.compute == "rows",
+        want_programs=options.compute != "dense",
+        allow_random=options.compute in ("rows", "ghost"),
+        allow_batch_norm=options.compute == "ghost" and by_row,
     )
     branches = _selected(model, options, found)
     if not branches:

@@ -36,6 +36,7 @@ def begin_forward(x: Tensor, handle: int, branches: int) -> Tensor:
     Returns:
         Its masks, bool `Tensor[branches, N]` on the CPU.
     """
+    _handles[handle]._watch.compiled = True
     masks = _handles[handle]._draw_masks(x.shape[0]).clone()
     return masks.pin_memory() if x.is_cuda else masks
 

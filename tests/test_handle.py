@@ -347,10 +347,11 @@ def test_the_state_dict_holds_tensors_and_plain_numbers_only():
 def test_stepping_the_bare_optimizer_without_advancing_warns_by_name():
     model, _ = setup()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss(model(model.rows(2, 0))).backward()
-    optimizer.step()
+    for step in range(2):
+        loss(model(model.rows(2, step))).backward()
+        optimizer.step()
     with pytest.warns(rdp.RdpWarning, match=r"advance|wrap"):
-        model(model.rows(2, 1))
+        model(model.rows(2, 2))
 
 
 def test_a_loop_that_advances_by_itself_is_not_warned():

@@ -76,6 +76,40 @@ def test_drawing_leaves_the_global_generator_alone(rates, rows, seed):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@given(RATES, st.integers(1, 40), st.integers(1, 40), SEEDS, COUNTS, st.integers(0, 99), st.integers(0, 63))
+def test_a_fixed_number_of_rows_is_dropped(rates, among, rows, seed, cycle, micro_batch, rank):
+    where = {"seed": seed, "cycle": cycle, "micro_batch": micro_batch, "rank": rank, "fixed_among": among}
+    masks = draw(rates, among, **where)
+    assert (~masks).sum(1).tolist() == [math.floor(rate * among + 0.5) for rate in rates]
+    other = draw(rates, rows, **where)  # a batch of another size that replays the draw
+    assert other.shape == (len(rates), rows)
+    both = min(rows, among)
+    assert torch.equal(masks[:, :both], other[:, :both])
+
+
+def test_of_a_fixed_number_every_row_is_dropped_as_often_and_pairs_of_rows_as_they_should():
+    rows, dropped, draws = 10, 3, 4000
+    masks = torch.stack([draw([0.3], rows, seed=5, cycle=c, micro_batch=0, fixed_among=rows)[0] for c in range(draws)])
+    drops = (~masks).double()
+    p = dropped / rows
+    assert ((drops.mean(0) - p).abs() < FAR * math.sqrt(p * (1 - p) / draws)).all()
+    pair = dropped * (dropped - 1) / (rows * (rows - 1))
+    together = (drops.T @ drops / draws)[~torch.eye(rows, dtype=torch.bool)]
+    assert ((together - pair).abs() < FAR * math.sqrt(pair * (1 - pair) / draws)).all()
+
+
+def test_rows_beyond_those_of_a_fixed_draw_are_dropped_at_about_the_rate():
+    masks = torch.stack([draw([0.3], 64, seed=5, cycle=c, micro_batch=0, fixed_among=32)[0, 32:] for c in range(500)])
+    assert abs((~masks).double().mean().item() - 0.3) < 0.03
+
+
+def test_masks_are_on_the_cpu_whatever_the_default_device():
+    expected = draw([0.5, 0.2], 9, seed=1, cycle=77, micro_batch=1)
+    with torch.device("meta"):
+        assert torch.equal(draw([0.5, 0.2], 9, seed=1, cycle=77, micro_batch=1), expected)
+        assert draw([0.5, 0.2], 9, seed=987, cycle=0, micro_batch=1, fixed_among=4).device.type == "cpu"
+
+
 # -- statistics, at fixed seeds --------------------------------------------------------------------------------------
 
 RATE = 0.3

@@ -66,6 +66,7 @@ def find_branches(
     need_rows: bool = True,
     want_programs: bool = False,
     allow_random: bool = False,
+    allow_batch_norm: bool = False,
 ) -> Discovery:
     """Find every residual branch of `model` from forwards of two rows and of one row of the given inputs.
 
@@ -79,6 +80,7 @@ def find_branches(
         need_rows: Refuse branches on whose output the rows of the batch cannot be located, as row mode must.
         want_programs: Find out which branches can be run on some of the rows.
         allow_random: Among them also those that draw random numbers in training.
+        allow_batch_norm: Among them also those with batch normalisation.
 
     Returns:
         What was found.
@@ -96,7 +98,7 @@ def find_branches(
         programs: dict[str, Program] = {}
         reasons: dict[str, str] = {}
         if want_programs:
-            programs, reasons = _programs(graph, alone, model, candidates, allow_random)
+            programs, reasons = _programs(graph, alone, model, candidates, allow_random, allow_batch_norm)
             reasons |= verify_programs(model, pair, programs)
         # Branches that were verified are known to be independent.
         dense = [g for c in candidates if c.name not in programs or c.name in reasons for g in gates[id(c)]]
@@ -199,7 +201,12 @@ def _with_named(graph: Graph, candidates: list[_Candidate], named: Sequence[str]
 
 
 def _programs(
-    graph: Graph, single: Graph, model: nn.Module, candidates: list[_Candidate], allow_random: bool
+    graph: Graph,
+    single: Graph,
+    model: nn.Module,
+    candidates: list[_Candidate],
+    allow_random: bool,
+    allow_batch_norm: bool,
 ) -> tuple[dict[str, Program], dict[str, str]]:
     """The branches written as programs, and why the others cannot be."""
     programs: dict[str, Program] = {}
@@ -211,7 +218,7 @@ def _programs(
             if len(candidate.residuals) != 1 or len(candidate.seams) != 1 or candidate.seams[0].of_block:
                 raise NotIndependent("it does not end in one module")
             residual, seam = candidate.residuals[0], candidate.seams[0]
-            program = branch_program(graph, single, model, residual, seam)
+            program = branch_program(graph, single, model, residual, seam, allow_batch_norm)
             if not allow_random and draws_random_numbers(model, program):
                 raise NotIndependent("it has dropout inside, see compute='rows'")
             programs[candidate.name] = program

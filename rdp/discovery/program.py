@@ -53,6 +53,7 @@ class Program:
         axes: Where the values that modules take and return have their rows.
         shape: Of x, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
+        batch_norm: Is there a batch normalisation, whose statistics are then those of the rows that run together?
     """
 
     fork: int
@@ -61,6 +62,7 @@ class Program:
     axes: Mapping[int, RowAxis] = field(repr=False)
     shape: tuple[int, ...]
     result_leaf: int
+    batch_norm: bool = False
 
     @property
     def entry(self) -> str:
@@ -82,7 +84,9 @@ class NotIndependent(Exception):
     """Why a branch cannot be run on some of the rows."""
 
 
-def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Residual, seam: Seam) -> Program:
+def branch_program(
+    graph: Graph, single: Graph, model: nn.Module, residual: Residual, seam: Seam, allow_batch_norm: bool = False
+) -> Program:
     """Write down the branch of `residual` as a program.
 
     Args:
@@ -91,6 +95,7 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
         model: The traced model.
         residual: The sum that the branch feeds.
         seam: Where the branch ends.
+        allow_batch_norm: Accept batch normalisation.
 
     Raises:
         NotIndependent: If that is not possible, or a step couples the rows.
@@ -110,9 +115,13 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     steps = writer.steps
     _check_chain(steps, residual.fork, path)
     axes: dict[int, RowAxis] = {}
+    batch_norm = False
     for step in steps:
         if isinstance(step.target, str):
-            _check_module(graph, model, step.target, once=not step.silent)
+            has_batch_norm = _check_module(graph, model, step.target, once=not step.silent)
+            if has_batch_norm and not allow_batch_norm:
+                raise NotIndependent(f"{has_batch_norm}, see compute='ghost'")
+            batch_norm |= bool(has_batch_norm)
             for leaf in leaves(step.arguments):
                 if isinstance(leaf, Ref):
                     axes[leaf.value] = _needed_row_axis(graph, single, leaf.value)
@@ -120,7 +129,7 @@ def branch_program(graph: Graph, single: Graph, model: nn.Module, residual: Resi
     if axes[residual.fork].fold > 1 or axes[seam.value].fold > 1:
         raise NotIndependent("tokens are folded into the batch")
     shape, result_leaf = graph.values[residual.fork].shape, seam.call.outputs.index(seam.value)
-    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf)
+    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm)
 
 
 def _check_chain(steps: list[Step], fork: int, path: set[int]) -> None:
@@ -260,14 +269,19 @@ def draws_random_numbers(model: nn.Module, program: Program) -> bool:
     return False
 
 
-def _check_module(graph: Graph, model: nn.Module, name: str, once: bool) -> None:
+def _check_module(graph: Graph, model: nn.Module, name: str, once: bool) -> str:
+    """The kind of batch normalisation inside, or ""."""
+    batch_norm = ""
     if once and graph.trace.count[name] > 1:
         raise NotIndependent(f"`{name}` is called several times")
     for module in model.get_submodule(name).modules():
-        # Also the instance norms that keep running statistics.
-        if isinstance(module, nn.modules.batchnorm._NormBase) and (
-            isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            batch_norm = kind
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and (
+            isinstance(module, nn.SyncBatchNorm) or module.track_running_stats  # of instance norms
         ):
-            raise NotIndependent(type(module).__name__)
+            raise NotIndependent(kind)
         if torch.nn.utils.parametrize.is_parametrized(module):
             raise NotIndependent("a parametrization may have a state")
+    return batch_norm

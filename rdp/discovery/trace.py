@@ -110,9 +110,11 @@ class Trace(TorchFunctionMode):
         # storage owner -> value of its last in-place write
         self._written: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         self._names: dict[int, str] = {}
+        self._first_names: dict[str, str] = {}
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 self._names.setdefault(id(tensor), name)  # the first of several names, as `parameters()` has it
+                self._first_names[name] = self._names[id(tensor)]
 
     @property
     def root(self) -> Call:
@@ -138,6 +140,8 @@ class Trace(TorchFunctionMode):
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False):
+                self._name(parameter, self._first_names.get(own, own))
             call = Call(name, self.count[name], self._stack[-1] if self._stack else None, begin=0)
             call.inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, kwargs)))
             call.arguments = self._recorded(args), self._recorded(kwargs)
@@ -147,6 +151,13 @@ class Trace(TorchFunctionMode):
             self._stack.append(call)
 
         return hook
+
+    def _name(self, parameter: Tensor, name: str) -> None:
+        """FSDP replaces the parameters of a module while it runs, and makes the replacements under the trace."""
+        self._names[id(parameter)] = name
+        known = self._known.get(parameter)
+        if known is not None:
+            self.values[known[1]].parameter = name
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._stack.pop()
@@ -195,21 +206,24 @@ class Trace(TorchFunctionMode):
     ) -> int:
         if is_data is None:
             is_data = any(self.values[i].is_data for i in inputs)
+        shape, is_float = tuple(tensor.shape), tensor.is_floating_point()  # of a DTensor these are traced themselves
         index = len(self.values)
         owner = self._stack[-1] if self._stack else None
-        self.values.append(
-            Value(index, op, inputs, tuple(tensor.shape), tensor.is_floating_point(), is_data, owner, name)
-        )
+        self.values.append(Value(index, op, inputs, shape, is_float, is_data, owner, name))
         for i in inputs:
             self.values[i].users.append(index)
         return index
 
     def _bind(self, tensor: Tensor, index: int) -> int:
         self._known[tensor] = (tensor._version, index)
+        if (local := _local(tensor)) is not None:
+            self._known.setdefault(local, (local._version, index))
         return index
 
     def _lookup(self, tensor: Tensor) -> int:
         known = self._known.get(tensor)
+        if known is None and (local := _local(tensor)) is not None and local in self._known:
+            return self._bind(tensor, self._new("alias", (self._lookup(local),), tensor))
         if known is None:
             return self._bind(tensor, self._new("leaf", (), tensor, is_data=False, name=self._names.get(id(tensor))))
         version, index = known
@@ -227,3 +241,8 @@ class Trace(TorchFunctionMode):
         while value.op in ops.VIEW | ops.SLICE and value.inputs:
             value = self.values[value.inputs[0]]
         return value
+
+
+def _local(tensor: Tensor) -> Tensor | None:
+    """This rank's part of a `DTensor`. The conversions from and to it are autograd functions, which no trace sees."""
+    return getattr(tensor, "_local_tensor", None)

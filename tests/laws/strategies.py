@@ -27,6 +27,7 @@ class Case:
     rate: float = 0.5
     mode: str = "row"
     decay: str = "linear"
+    sampling: str = "bernoulli"
     freeze: str = "output"
     scale_by_keep: bool = False
     compute: str = "auto"
@@ -39,7 +40,7 @@ class Case:
             return self.architecture(*self.arguments).to(self.dtype).train()
 
     def attach(self, model: torch.nn.Module, **changes: Any) -> rdp.ResidualDropPath:
-        names = ("rate", "mode", "decay", "freeze", "scale_by_keep", "compute", "seed")
+        names = ("rate", "mode", "decay", "sampling", "freeze", "scale_by_keep", "compute", "seed")
         return rdp.attach(model, **({name: getattr(self, name) for name in names} | changes))
 
     @functools.cached_property
@@ -108,6 +109,7 @@ def cases(
         rate=draw(rates if rates is not None else st.sampled_from([0.1, 0.3, 0.5, 0.8])),
         mode=mode,
         decay=draw(st.sampled_from(["linear", "constant"])),
+        sampling=draw(st.sampled_from(["bernoulli", "fixed"])) if mode == "row" else "bernoulli",
         freeze=draw(st.sampled_from(freezes)) if mode == "batch" else "output",
         scale_by_keep=draw(st.sampled_from(scales)),
         compute=draw(st.sampled_from(computes)),
