@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from rdp import gates, hooks, setup, traced
 from rdp.agreement import Agreement, ShadowHook
 from rdp.branches import Branch, Refusal, branch_table
+from rdp.discovery.forwards import batch_size
 from rdp.discovery.trace import tensors_in
 from rdp.doctor import Checkup, Watch, check
 from rdp.errors import ArgumentError, ForwardError, StateError
@@ -142,12 +143,17 @@ class ResidualDropPath:
             inputs: A tensor, a tuple of positional or a dict of keyword arguments; at most two rows are used.
 
         Raises:
-            BranchError: If none is found, or one that was named is not there.
+            ArgumentError: If there is no tensor with rows in `inputs`.
+            BranchError: If no branch is found, or one that was named is not there.
         """
-        if isinstance(inputs, Mapping):
-            self._discover((), inputs)
-        else:
-            self._discover(inputs if isinstance(inputs, tuple) else (inputs,), {})
+        kwargs = inputs if isinstance(inputs, Mapping) else {}
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+        if not batch_size(args, kwargs):
+            raise ArgumentError(
+                "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
+                f"arguments, with at least one row; got {setup.shortened(inputs)}"
+            )
+        self._discover(args, kwargs)
 
     def check(self) -> Checkup:
         """Examine what has happened since `attach`; call it after a few steps and print the answer.
@@ -178,12 +184,17 @@ class ResidualDropPath:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was saved; before the branches are found it is kept until then.
 
+        One rank's state does for all, unless they had different numbers of micro-batches (or of rows, with
+        `sampling="fixed"`): then each must load what it saved.
+
         Raises:
             StateError: If the state is of a handle with other branches, rates, phases or another mode, or of another
                 number of ranks.
         """
         self._progress.check(state)
         saved, here = state.get("ranks"), self._agreement.ranks.size
+        if not isinstance(saved, int):
+            raise StateError(f"ranks in the state is damaged or missing: {setup.shortened(saved)}. Load another one")
         if saved != here and self.options.mode == "row":
             raise StateError(
                 f"the state was saved by {saved} ranks and is loaded by {here}, whose rows would be masked otherwise. "
@@ -195,6 +206,7 @@ class ResidualDropPath:
 
     def join_hook(self, **kwargs: Any) -> ShadowHook:
         """What `torch.distributed.algorithms.join.Join([ddp_model, handle])` does on ranks that are out of data."""
+        self._agreement.ranks.connect()
         return ShadowHook(self._agreement, lambda: self.step_count, self._skip_to)
 
     @property

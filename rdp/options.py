@@ -71,6 +71,11 @@ class Options:
             )
         if isinstance(self.branches, str):
             raise ArgumentError(f"branches must be a list of names, not one string; write [{self.branches!r}]")
+        if _is_names(self.branches) and not self.branches:
+            raise ArgumentError(
+                f"branches is {self.branches!r}, which names nothing to gate. Leave it out to gate all that are found, "
+                "or use rate=0 for plain training"
+            )
         if not (self.branches is None or callable(self.branches) or _is_names(self.branches)):
             raise ArgumentError(
                 f"branches must be None, names of modules, or a function of (name, module); got {self.branches!r}"

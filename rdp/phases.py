@@ -33,7 +33,7 @@ class Schedule:
     """
 
     def __init__(self, phases: Iterable[Phase]) -> None:
-        if isinstance(phases, (Phase, str)) or not isinstance(phases, Iterable):
+        if isinstance(phases, (Phase, str, bytes)) or not isinstance(phases, Iterable):
             raise ArgumentError(f"phases must be a sequence of rdp.Phase, such as (rdp.Phase.DROP,); got {phases!r}")
         self.phases = tuple(phases)
         if not self.phases:

@@ -15,6 +15,8 @@ from rdp.errors import StateError
 from rdp.masks import Mode, Sampling
 from rdp.phases import Phase, Schedule
 
+_LAST_STEP = 2**62  # masks are drawn by 64-bit integers
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -159,18 +161,21 @@ class Progress:
         missing = mine.keys() - state.keys()
         if missing:
             raise StateError(f"this is no state of a ResidualDropPath handle: it lacks {sorted(missing)}")
+        if not _is_list_of(state["branches"], str):
+            raise StateError(f"branches in the state is damaged: {_shorten(state['branches'])}. Load another one")
         compared = ["phases", "mode", "sampling"] + (
             ["branches", "rates"] if self.branches and state["branches"] else []
         )
         for key in compared:
-            if mine[key] != state[key]:
+            if type(mine[key]) is not type(state[key]) or mine[key] != state[key]:
                 raise StateError(
                     f"the state was saved with other {key} than this handle has: {_shorten(state[key])} in the state, "
                     f"{_shorten(mine[key])} here. Attach with the arguments of the saved run"
                 )
         sound = {
-            "seed": _is_count(state["seed"]) and state["seed"] < 2**64,
-            "step_count": _is_count(state["step_count"]),
+            "rates": _is_list_of(state["rates"], float, int) and len(state["rates"]) == len(state["branches"]),
+            "seed": _is_count(state["seed"]),
+            "step_count": _is_count(state["step_count"]) and state["step_count"] < _LAST_STEP,
             "forwards": _is_table(state["forwards"], 3),
             "replayed": _is_table(state["replayed"], 2),
             "masks": isinstance(state["masks"], Tensor)
@@ -179,7 +184,7 @@ class Progress:
             and len(state["masks"]) == len(state["branches"]),
         }
         for key in (key for key, is_sound in sound.items() if not is_sound):
-            raise StateError(f"{key} in the state is damaged: {_shorten(state[key])}. Load another checkpoint")
+            raise StateError(f"{key} in the state is damaged: {_shorten(state[key])}. Load another one")
 
     def load_state_dict(self, state: dict[str, Any], rank: int = 0) -> None:
         """Continue where `state` was saved, on this or another rank.
@@ -234,7 +239,11 @@ class Progress:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def _is_list_of(value: object, *kinds: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
 
 
 def _is_table(value: object, width: int) -> bool:

@@ -77,6 +77,11 @@ class Ranks:
         work = dist.all_reduce(sent, dist.ReduceOp.BOR, group=self._group(), async_op=True)
         return Question(tuple(facts), branches, sent, work)
 
+    def connect(self) -> None:
+        """Get ready to ask; where that could otherwise come too late, all ranks must call this together."""
+        if self.size > 1:
+            self._group()
+
     def highest(self, number: int) -> int:
         """The largest of the numbers that the ranks call this with."""
         numbers = torch.tensor([number], device="cpu")

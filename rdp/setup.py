@@ -133,6 +133,12 @@ def choose_branches(
     return rated, refused, found.programs
 
 
+def shortened(value: object, limit: int = 120) -> str:
+    """`repr(value)`, cut where it is long; of a tensor its shape."""
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Branch]:
     if options.branches is None:
         return list(found.branches)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rdp
 from laws.architectures import BlockMLP, Transformer
@@ -45,6 +46,37 @@ class CheckpointedBranches(BlockMLP):
         return self.head(x)
 
 
+def save_matrix_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class SelectivelyCheckpointedMLP(BlockMLP):
+    """Matrix products are kept, and the rest of every block is computed again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        contexts = functools.partial(create_selective_checkpoint_contexts, save_matrix_products)
+        for block in self.body:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        return self.head(x)
+
+
+class NestedCheckpoints(BlockMLP):
+    """A checkpoint around pairs of blocks, each of which is checkpointed too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for first in range(0, len(self.body), 2):
+            x = checkpoint(self.pair, x, first, use_reentrant=False)
+        return self.head(x)
+
+    def pair(self, x: Tensor, first: int) -> Tensor:
+        for block in self.body[first : first + 2]:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
 class CheckpointedTransformer(Transformer):
     """Two branches in one checkpointed block, each with a gate of its own."""
 
@@ -66,6 +98,10 @@ MODELS = st.one_of(
             st.lists(st.sampled_from(["plain", "norm", "in_place", "dropout"]), min_size=2, max_size=4).map(tuple),
             st.booleans(),
         ),
+    ),
+    st.tuples(
+        st.sampled_from([SelectivelyCheckpointedMLP, NestedCheckpoints]),
+        st.tuples(st.lists(st.sampled_from(["plain", "norm", "dropout"]), min_size=2, max_size=4).map(tuple)),
     ),
     st.tuples(
         st.just(CheckpointedTransformer),
