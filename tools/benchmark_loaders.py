@@ -33,6 +33,7 @@ from data.cpus import cpus_of_a_process
 from data.datasets import DATASETS, Arrays
 from data.ffcv_loader import FFCVLoader, ffcv_is_installed
 from data.folder import read_folder
+from data.loader import LoaderChoice
 from data.memory_loader import MemoryLoader
 from data.sampling import Sampler, subset
 from data.transforms import Crop, Pixels
@@ -122,7 +123,7 @@ def photograph_loaders(folder: Path, config: Config, stack: ExitStack) -> dict[s
         "DataLoader + PIL": pil_loader(ImageFolder(str(folder / "train"), transform=pil), config)
     }
 
-    def ours(loader: str, data_dir: Path) -> Epoch:
+    def ours(loader: LoaderChoice, data_dir: Path) -> Epoch:
         made = make_loader(
             "imagenet",
             "train",
@@ -136,7 +137,7 @@ def photograph_loaders(folder: Path, config: Config, stack: ExitStack) -> dict[s
         stack.enter_context(closing(made))
         return lambda: made.epoch(0)
 
-    loaders["ours, decode_jpeg"] = ours("torch", folder)
+    loaders["ours, no FFCV"] = ours("torch", folder)
     if ffcv_is_installed():
         for name, jpeg_share in (("FFCV, JPEG", 1.0), ("FFCV, half JPEG", 0.5), ("FFCV, raw", 0.0)):
             data_dir = folder / f"jpeg{jpeg_share}"

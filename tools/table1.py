@@ -31,6 +31,7 @@ PAPER = {"imagenet": "75.5-76.6"}  # the range of the paper's ImageNet accuracie
 # What distinguishes the cells of a row, and where a run happened: neither makes another row.
 WITHIN_A_ROW = {"algorithm", "mode", "rate"}
 PLACE = {"resume", "seeds", "seed", "out", "data_dir", "download", "workers", "checkpoint_minutes", "progress"}
+NEEDED = {"dataset", "model", "algorithm", "mode", "rate", "seed", "top1", "steps", "train_seconds", "relative_flops"}
 HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs")
 
 
@@ -64,9 +65,11 @@ def read_runs(folder: Path) -> list[Run]:
         try:
             result = json.loads(path.read_text())
             config = json.loads((path.parent / "config.json").read_text())
+            if absent := NEEDED - result.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(absent))}")
             shared = {k: v for k, v in config.items() if k not in WITHIN_A_ROW | PLACE}
             runs.append(Run(path, result, tuple(sorted(shared.items()))))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise TableError(f"cannot read the run of {path}: {error}") from error
     if not runs:
         raise TableError(f"no result.json below {folder}: run a recipe first, such as python recipes/mnist.py --quick")
