@@ -17,6 +17,7 @@ from rdp import gates, traced
 from rdp.branches import Branch, GatePoint
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
+from rdp.errors import ForwardError
 from rdp.forward import Forward, in_backward
 from rdp.phases import Phase
 from rdp.rows import BranchOnRows
@@ -184,6 +185,12 @@ class GateHook(Hook):
             return None
         self.handle._watch.reached.add(self.branch)
         x, source = self._tensors(args, output)
+        if self.handle.options.mode == "row" and hasattr(x, "_local_tensor"):
+            raise ForwardError(
+                f"the output of `{self.point.module}` is a DTensor, whose rows cannot be masked. Attach after "
+                "parallelize_module and let the module return a local tensor (use_local_output=True), or use "
+                "mode='batch'"
+            )
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
         elif (keep := forward.keeps_all(self.branch)) is not None and self.handle._may_leave_no_graph():

@@ -1,6 +1,6 @@
 """What a training step with Residual DropPath costs, as ratios to a plain step of the same model in the same run.
 
-    python tools/benchmark.py                                  # small defaults, about ten minutes on two CPU cores
+    python tools/benchmark.py                                  # on two CPU cores, about half an hour
     python tools/benchmark.py --models resnet50 vit_small_patch16_224 --batch-size 128 --device cuda --dtype bfloat16
 
 Every round times one plain step and one step of each contender, so that a machine whose speed drifts is fair to all;
@@ -37,19 +37,23 @@ class Args:
 
     models: tuple[str, ...] = (
         "resnet50",
+        "resnet50d",
         "vit_small_patch16_224",
+        "vit_base_patch16_224",
         "convnext_tiny",
         "swin_tiny_patch4_window7_224",
         "mlp",
     )
     """timm models, or `mlp` for a residual MLP of depth 32."""
-    batch_size: int = 16
+    batch_size: int = 8
     resolution: int = 224
     rate: float = 0.1
     decay: Literal["linear", "constant"] = "constant"
     """Constant compares with the arithmetic of docs/cost.md; training defaults to linear, which drops half as much."""
-    rounds: int = 5
-    """Timed rounds of every contender; the first round is a warm-up and not counted."""
+    rounds: int = 4
+    """Timed rounds of every contender; the first round is a warm-up and not counted. 0 times nothing."""
+    cycles: int = 8
+    """How many DROP and FREEZE steps FLOPs and memory are averaged over."""
     rivals: bool = True
     """Also time timm's DropPath, torchvision's StochasticDepth and the multiplication by a mask."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +117,7 @@ def build(name: str, args: Args, drop_path_rate: float = 0.0) -> nn.Module:
 def inputs_of(name: str, args: Args) -> Tensor:
     """A batch of noise."""
     if name == "mlp":
-        return torch.randn(args.batch_size * 16, 512, device=args.device)
+        return torch.randn(args.batch_size * 32, 512, device=args.device)
     x = torch.randn(args.batch_size, 3, args.resolution, args.resolution, device=args.device)
     return x.to(memory_format=torch.channels_last) if args.channels_last else x
 
@@ -229,7 +233,7 @@ def measure(name: str, args: Args) -> list[Row]:
         contenders[-1].name = "rdp row, compute='dense'"
     contenders += rivals(name, args, x) if args.rivals else []
     ratios: dict[tuple[str, str], list[float]] = {}
-    for round_number in tqdm(range(args.rounds + 1), desc=name, leave=False):
+    for round_number in tqdm(range(args.rounds + 1 if args.rounds else 0), desc=name, leave=False):
         base = seconds(lambda: step(plain, x, args), args.device)
         for contender in contenders:
             for phase in contender.phases:
@@ -241,10 +245,11 @@ def measure(name: str, args: Args) -> list[Row]:
     (base_flops, base_memory), *_ = flops_and_memory(plain, x, args, 1)
     rows = []
     for contender in contenders:
-        costs = flops_and_memory(contender, x, args, steps=8 * len(contender.phases))
+        steps = args.cycles * len(contender.phases) if len(contender.phases) > 1 else 1
+        costs = flops_and_memory(contender, x, args, steps)
         own = []
         for phase, (flops, memory) in zip(contender.phases, costs, strict=True):
-            times = ratios[contender.name, phase]
+            times = ratios.get((contender.name, phase), [float("nan")])
             spread = (max(times) - min(times)) / 2
             median = statistics.median(times)
             own.append(Row(name, contender.name, phase, median, spread, flops / base_flops, memory / base_memory))

@@ -2,9 +2,9 @@
 
     python tools/benchmark_overhead.py                       # a few seconds, and a ResNet-50 step at batch 32
 
-A model of many tiny branches makes the hooks visible. It takes turns with the plain model, step by step: first with a rate
-so low that no row is ever dropped, where a DROP step runs every hook and changes nothing, and then as usual. Figures are
-medians of paired differences, divided by the number of branches.
+A model of many tiny branches makes the hooks visible. It takes turns with the plain model, step by step: first with a
+rate so low that no row is ever dropped, where a DROP step runs every hook and changes nothing, and then as usual.
+Figures are medians of paired differences, divided by the number of branches.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main(args: Args) -> None:
         seconds = statistics.median([step(model, optimizer, x) for _ in tqdm(range(4), desc=args.model)][1:])
         share = worst * branches / 1e6 / seconds
         print(
-            f"\n{branches} branches of {args.model} at the worst of these: {share:.3%} of a plain step ({seconds:.2f} s)"
+            f"\n{branches} branches of {args.model} at the worst of these: {share:.3%} of its step of {seconds:.2f} s"
         )
 
 
