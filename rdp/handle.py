@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rdp import gates, hooks, setup, traced
+from rdp import hooks, setup, traced
 from rdp.agreement import Agreement, ShadowHook
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.discovery.forwards import batch_size
-from rdp.discovery.trace import tensors_in
 from rdp.doctor import Checkup, Watch, check
-from rdp.errors import ArgumentError, ForwardError, StateError
-from rdp.forward import Forward, Forwards, in_backward, in_reentrant_checkpoint
+from rdp.errors import ArgumentError, StateError
+from rdp.forward import Forwards
 from rdp.native import NativeDrop, find_native_drops
 from rdp.optim import MaskedOptimizer
 from rdp.options import Options
@@ -267,33 +266,6 @@ class ResidualDropPath:
         self._traced_phase = self.phase
         traced.forget_compiled()
 
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if module is not self.model:
-            raise ForwardError(
-                f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
-                "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
-            )
-        self._traced_masks = None
-        if self._pauses or not module.training or not torch.is_grad_enabled():
-            self._forwards.begin(None)
-            return
-        if in_backward():
-            self._forwards.begin_recomputed()
-            return
-        try:
-            rows = setup.check_inputs(args, kwargs)
-            if not self.branches:
-                self._discover(args, kwargs)
-                if callable(unshard := getattr(self.model, "unshard", None)):
-                    unshard()  # FSDP has sharded the model again after the forwards of discovery
-        except BaseException:
-            self._forwards.begin(None)  # EndHook is called even so
-            raise
-        masks = self._draw_masks(rows)
-        self._forwards.begin(Forward(self.phase, masks))
-        if traced.may_be_compiled():  # parts of the model, while the model itself is called by Python
-            self._traced_masks = masks.to(next(self.model.parameters()).device, non_blocking=True)
-
     def _draw_masks(self, rows: int) -> Tensor:
         """Begin a forward of `rows` rows; its masks."""
         for optimizer in self._optimizers:
@@ -303,28 +275,6 @@ class ResidualDropPath:
         masks = self._progress.begin_forward(rows, self._agreement.ranks.rank, gradients=self._watch.gradients())
         self._agreement.forward_begins(self, self._progress.live)
         return masks
-
-    def _end_forward(self, output: Any) -> Any:
-        forward = self._forwards.end()
-        self._traced_masks = None
-        if forward is None or not torch.is_grad_enabled():
-            return None
-        tensors = list(tensors_in(output))
-        leaf = next((i for i, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
-        if leaf is None or (not self._agreement.several and any(tensor.requires_grad for tensor in tensors)):
-            return None
-        # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits for
-        # the gradients of branches that are out of the graph on this rank.
-        parameters = [p for group in self._by_branch for p in present(group) if p.requires_grad]
-        linked = gates.link(tensors[leaf], parameters)
-        return linked if isinstance(output, Tensor) else gates.replace_leaf(output, leaf, linked)
-
-    def _may_leave_no_graph(self) -> bool:
-        """May a branch whose rows are all alike be left out of the graph?"""
-        # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
-        # another process may need what this one does not: sharded gradients are reduced by all or by none.
-        alike = self.options.mode == "batch" or not self._agreement.several
-        return alike and not in_reentrant_checkpoint()
 
     def _frozen_parameters(self) -> frozenset[int]:
         """The ids of the parameters that must not move in this step."""

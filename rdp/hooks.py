@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rdp import gates, traced
+from rdp import gates, passes, traced
 from rdp.branches import Branch, GatePoint
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
@@ -78,7 +78,7 @@ class BeginHook(Hook):
         if torch.compiler.is_compiling():
             traced.begin(self.handle, args, kwargs)
         else:
-            traced.uncompiled(self.handle._begin_forward, module, args, kwargs)
+            traced.uncompiled(passes.begin, self.handle, module, args, kwargs)
 
 
 class EndHook(Hook):
@@ -89,7 +89,7 @@ class EndHook(Hook):
         if torch.compiler.is_compiling():
             self.handle._traced_masks = None
             return None
-        return traced.uncompiled(self.handle._end_forward, output)
+        return traced.uncompiled(passes.end, self.handle, output)
 
 
 class EntryHook(Hook):
@@ -116,7 +116,7 @@ class EntryHook(Hook):
             return None
         freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
         kept, rows = forward.kept(self.branch), forward.rows
-        if kept == rows or rows == 1 or (kept == 0 and (freeze or not self.handle._may_leave_no_graph())):
+        if kept == rows or rows == 1 or (kept == 0 and (freeze or not passes.may_leave_no_graph(self.handle))):
             return None
         if program.batch_norm and (kept < 2 or rows - kept < 2):
             return None  # of a single row there may be no statistics
@@ -193,7 +193,7 @@ class GateHook(Hook):
             )
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        elif (keep := forward.keeps_all(self.branch)) is not None and self.handle._may_leave_no_graph():
+        elif (keep := forward.keeps_all(self.branch)) is not None and passes.may_leave_no_graph(self.handle):
             gated = self._gate_whole(x, source, forward.phase, keep)
         else:
             gated = self._gate_rows(forward.phase, forward.keep(self.branch, x.device), x, source)
