@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from engine import Config, World, main, make_model, open_loaders, parse, train
-from torch import nn
+from engine import Config, Range, World, main, make_model, open_loaders, parse, train
+from torch import Tensor, nn
 from torch.nn import functional
 
 Preset = Literal["paper", "ffcv-16ep", "ffcv-24ep", "ffcv-32ep", "ffcv-40ep", "ffcv-56ep", "ffcv-88ep"]
+PIXELS = Range(1, most=4096)
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,21 @@ class ImagenetConfig(Config):
     learning rate. Options given besides it still count."""
     dataset: Literal["imagenet"] = "imagenet"
     """The only one here; the number of classes is that of the folder."""
-    batch_size: int = 1024
+    batch_size: Annotated[int, Range(1)] = 1024
     """Images in an optimizer step, over all devices and micro-batches (paper: 1024 over four GPUs)."""
-    devices: int = 0
+    devices: Annotated[int, Range(0)] = 0
     """How many devices, one process each; 0 takes every visible GPU. Under torchrun, torchrun decides."""
-    seeds: int = 1
+    seeds: Annotated[int, Range(1)] = 1
     """How many runs, with the seeds `seed`, `seed + 1`, ..."""
-    resolution: int = 224
+    resolution: Annotated[int, PIXELS] = 224
     """Height and width of training images in pixels, at the end if they grow."""
-    start_resolution: int | None = None
+    start_resolution: Annotated[int | None, PIXELS] = None
     """Their size in the first epochs; default: the same throughout."""
-    grow_from: int = 0
+    grow_from: Annotated[int, Range(0)] = 0
     """The last epoch at start_resolution."""
-    grow_until: int = 0
+    grow_until: Annotated[int, Range(0)] = 0
     """The first epoch at resolution; in between it grows in steps of 32 pixels."""
-    test_resolution: int = 224
+    test_resolution: Annotated[int, PIXELS] = 224
     """Height and width of test images in pixels."""
     blurpool: bool = False
     """Blur before every convolution of stride 2 (Zhang 2019), as ffcv-imagenet does."""
@@ -109,6 +110,8 @@ def configure(args: list[str]) -> ImagenetConfig:
 class BlurredConv2d(nn.Module):
     """A convolution on a blurred image, so that its stride does not alias."""
 
+    kernel: Tensor
+
     def __init__(self, conv: nn.Conv2d) -> None:
         """Wrap a convolution.
 
@@ -120,7 +123,7 @@ class BlurredConv2d(nn.Module):
         row = conv.weight.new_tensor([1.0, 2.0, 1.0]) / 4
         self.register_buffer("kernel", (row[:, None] * row).repeat(conv.in_channels, 1, 1, 1), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Blur `Tensor[N, C, H, W]`, then convolve."""
         return self.conv(functional.conv2d(x, self.kernel, padding=1, groups=self.conv.in_channels))
 
@@ -138,14 +141,10 @@ def blur_strides(model: nn.Module) -> None:
 
 def run(config: ImagenetConfig, seed: int, world: World) -> None:
     """Train one seed."""
-    with open_loaders(
-        config,
-        seed,
-        world,
-        resolution=config.resolution_at,
-        test_resolution=config.test_resolution,
-        test_batch_size=config.micro_batch(world.size),
-    ) as (train_data, test_data):
+    with open_loaders(config, seed, world, resolution=config.resolution_at, test_resolution=config.test_resolution) as (
+        train_data,
+        test_data,
+    ):
         model = make_model(config, classes=train_data.classes, channels=train_data.channels)
         if config.blurpool:
             blur_strides(model)

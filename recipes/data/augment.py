@@ -24,7 +24,7 @@ def uniforms(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.fl
     key = _mix(_mix(np.array([seed], np.uint64) * step) + np.array([epoch], np.uint64) * step)
     sample = _mix(key + indices.astype(np.uint64) * step)
     draw = _mix(sample[:, None] + np.arange(1, DRAWS + 1, dtype=np.uint64) * step)
-    return (draw >> np.uint64(11)) * 2.0**-53
+    return (draw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

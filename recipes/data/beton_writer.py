@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import beton
 from data.datasets import Arrays
 from data.errors import DataError
-from data.folder import Folder
+from data.folder import Folder, read_image
 
 PAGE_SIZE = 4 * beton.SMALLEST_PAGE  # FFCV's own default
 LARGEST_SIDE = 65535  # FFCV stores height and width in 16 bits
@@ -66,7 +66,8 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> Stored:
         image = self._arrays.images[index]
-        return Stored(image.tobytes(), int(self._arrays.labels[index]), *image.shape[1:], beton.RAW)
+        height, width = image.shape[1:]
+        return Stored(image.tobytes(), int(self._arrays.labels[index]), height, width, beton.RAW)
 
 
 class FolderSource:
@@ -87,6 +88,10 @@ class FolderSource:
     ) -> None:
         if not 0 <= jpeg_share <= 1:
             raise ValueError(f"jpeg_share must be from 0 to 1, not {jpeg_share}")
+        if max_resolution is not None and not 1 <= max_resolution <= LARGEST_SIDE:
+            raise ValueError(f"max_resolution must be from 1 to {LARGEST_SIDE} pixels, not {max_resolution}")
+        if not 1 <= quality <= 100:
+            raise ValueError(f"quality must be from 1 to 100, not {quality}")
         self._folder = folder
         self._max_side = max_resolution or LARGEST_SIDE
         self._quality = quality
@@ -97,12 +102,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Stored:
         path, label = self._folder.paths[index], int(self._folder.labels[index])
-        try:
-            data = path.read_bytes()
-            image: Image.Image = Image.open(io.BytesIO(data))
-            image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+        image, data = read_image(path)
         unchanged = max(image.size) <= self._max_side
         stored_format = image.format
         if not unchanged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,13 +42,13 @@ class Arrays:
         return len(self.labels)
 
 
-_DIGITS = {"channels": 1, "resolution": 28, "mean": (0.1307,), "std": (0.3081,), "augment": "none", "classes": 10}
+_MNIST = DataSet("mnist", 1, 28, (0.1307,), (0.3081,), "none", 10)
 DATASETS = {
     dataset.name: dataset
     for dataset in (
-        DataSet(name="mnist10k", **_DIGITS),
-        DataSet(name="mnist", **_DIGITS),
-        DataSet(name="fashion-mnist", **(_DIGITS | {"mean": (0.2860,), "std": (0.3530,)})),
+        replace(_MNIST, name="mnist10k"),
+        _MNIST,
+        DataSet("fashion-mnist", 1, 28, (0.2860,), (0.3530,), "none", 10),
         DataSet("cifar10", 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "crop-flip", 10),
         DataSet("imagenet", 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "resized-crop-flip"),
     )

@@ -50,7 +50,7 @@ class Pipeline:
         OSCacheManager.compile_reader = _compile_reader
         self._beton = beton
         self._batch_size = batch_size
-        self._workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))  # more would raise
+        self._workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # more would raise
         self._decoder = NDArrayDecoder() if beton.shape else BoxCropDecoder((1, 1))
         self._loader = Loader(
             str(beton.path),
@@ -154,7 +154,7 @@ class BoxCropDecoder(ResizedCropRGBImageDecoder):
                 resize(pixels, top, top + box_height, left, left + box_width, destination[row])
             return destination[: len(batch_indices)]
 
-        decode.is_parallel = True
+        decode.is_parallel = True  # type: ignore[attr-defined]
         return decode
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from data.datasets import Split
 from data.errors import DataError
@@ -48,6 +50,21 @@ def read_folder(data_dir: str | Path | None, split: Split) -> Folder:
     if split == "test" and (Path(data_dir) / "train").is_dir():
         _check_same_classes(root, images.classes, Path(data_dir) / "train")
     return Folder([Path(path) for path, _ in images.samples], np.asarray(images.targets, np.int64), images.classes)
+
+
+def read_image(path: Path) -> tuple[Image.Image, bytes]:
+    """The image in a file, decoded in the colours that it is stored in, and the file's bytes.
+
+    Raises:
+        DataError: it cannot be read, or is not a whole image.
+    """
+    try:
+        data = path.read_bytes()
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+    return image, data
 
 
 def _split_folder(data_dir: Path, split: Split) -> Path:

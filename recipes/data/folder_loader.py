@@ -1,4 +1,4 @@
-"""The loader of photographs without FFCV: files decoded, cropped and resized by torchvision in worker processes."""
+"""The loader of photographs without FFCV: decoded by PIL, cropped and resized by torchvision, in worker processes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as v2
 
 from data.errors import DataError
-from data.folder import Folder
+from data.folder import Folder, read_image
 from data.sampling import Indices, Sampler
 from data.transforms import Crop, Pixels
 
@@ -55,7 +55,7 @@ class FolderLoader:
         self._resolution = resolution
         self._requests: list[_Request] = []
         # A request goes to a worker as one "index", so that workers live through all epochs and still know which it is.
-        self._loader: DataLoader | None = DataLoader(
+        self._loader: DataLoader[Any] | None = DataLoader(
             _Images(folder.paths, crop),
             sampler=self._requests,
             batch_size=None,
@@ -101,14 +101,7 @@ class _Images(Dataset[Tensor | DataError]):
             return error  # raised by the consumer: DataLoader would wrap it in a traceback of the worker
 
     def _image(self, request: _Request, index: int) -> Tensor:
-        image = decode(self._paths[index])
+        stored, _ = read_image(self._paths[index])
+        image = v2.pil_to_tensor(stored.convert("RGB"))
         box = self._crop.boxes(request.epoch, np.array([index]), *([side] for side in image.shape[1:]))[0]
         return v2.resized_crop(image, *box.tolist(), [request.resolution] * 2, antialias=True)
-
-
-def decode(path: Path) -> Tensor:
-    """The image in a file as a uint8 `Tensor[3, H, W]`."""
-    try:
-        return decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise DataError(f"{path} cannot be decoded ({str(error).splitlines()[0]}); replace or remove it") from error

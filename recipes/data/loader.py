@@ -116,8 +116,9 @@ def make_loader(
         A loader; `close` it, or use `contextlib.closing`.
 
     Raises:
-        DataError: the data is missing, corrupt or has too few classes; or FFCV is asked for and not installed.
-        ValueError: an argument makes no sense.
+        DataError: the data is missing, corrupt, has too few classes, or does not go together with `limit` or `augment`;
+            or FFCV is asked for and not installed.
+        ValueError: another argument makes no sense.
     """
     for name, value, choices in (
         ("split", split, Split),
@@ -159,7 +160,7 @@ def make_loader(
 def _choose_augment(augment: Augment, spec: DataSet, photographs: bool) -> str:
     chosen = spec.augment if augment == "auto" else augment
     if chosen != "none" and photographs != (chosen == "resized-crop-flip"):
-        raise ValueError(f"{spec.name} cannot be augmented with {chosen!r}; use {spec.augment!r} or 'none'")
+        raise DataError(f"{spec.name} cannot be augmented with {chosen!r}: use --augment auto or none")
     return chosen
 
 

@@ -80,5 +80,5 @@ def subset(samples: int, limit: int | None) -> Indices:
     if limit is None:
         return np.arange(samples)
     if not 1 <= limit <= samples:
-        raise ValueError(f"limit must be from 1 to the split's {samples} samples, not {limit}")
+        raise DataError(f"--limit must be from 1 to the {samples} samples that there are, not {limit}")
     return np.sort(np.random.default_rng(0).permutation(samples)[:limit])

@@ -14,10 +14,23 @@ from engine.folder import is_finished
 from engine.launch import World, join, launch
 from engine.loaders import open_loaders
 from engine.model import make_model
+from engine.ranges import Range
 from engine.rng import seed_all
 from engine.train import train
 
-__all__ = ["Config", "RunError", "World", "join", "launch", "main", "make_model", "open_loaders", "parse", "train"]
+__all__ = [
+    "Config",
+    "Range",
+    "RunError",
+    "World",
+    "join",
+    "launch",
+    "main",
+    "make_model",
+    "open_loaders",
+    "parse",
+    "train",
+]
 
 
 def main(configure: Callable[[list[str]], ConfigT], run: Callable[[ConfigT, int, World], None]) -> None:

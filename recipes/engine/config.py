@@ -16,12 +16,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import tyro
 from data.loader import Augment, LoaderChoice
 
 from engine.errors import RunError
+from engine.ranges import Range, check_ranges
 
 Algorithm = Literal["standard", "droppath", "rdp"]
 
@@ -44,7 +45,7 @@ class Config:
     """standard: plain. droppath: drop and rescale, as timm's DropPath. rdp: drop and freeze in turn, no rescaling."""
     mode: Literal["row", "batch"] = "row"
     """row: a mask per sample (paper, timm). batch: one for the whole batch, which saves compute."""
-    rate: float = 0.1
+    rate: Annotated[float, Range(0, below=1)] = 0.1
     """Drop rate of the deepest block; it grows linearly from 0 at the first block (paper, timm)."""
     match: Literal["steps", "cost"] = "steps"
     """steps: every algorithm gets the same epochs. cost: the FLOPs of standard, so cheaper steps get more epochs."""
@@ -60,35 +61,35 @@ class Config:
     """ffcv reads a .beton file (tools/write_beton.py), torch the data set's own files; auto takes FFCV if it can."""
     augment: Augment = "auto"
     """Augmentation of the training images; auto is the data set's usual one."""
-    limit: int | None = None
+    limit: Annotated[int | None, Range(1)] = None
     """Train on a fixed random subset of this many images."""
-    workers: int | None = None
+    workers: Annotated[int | None, Range(0, most=1024)] = None
     """Loader threads or processes; default: the CPUs there are."""
 
     # Optimization.
-    epochs: int = 300
+    epochs: Annotated[int, Range(1)] = 300
     """Passes over the training set (timm)."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(1)] = 128
     """Images in an optimizer step, over all devices and micro-batches."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1)] = 1
     """Micro-batches in an optimizer step (gradient accumulation)."""
     optimizer: str = "sgd"
     """Any optimizer of timm; sgd has Nesterov momentum (timm)."""
-    lr: float | None = None
+    lr: Annotated[float | None, Range(0)] = None
     """Peak learning rate; default: 0.1 for every 256 images of the batch (timm), which is 0.05 at 128."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, below=1)] = 0.9
     """Momentum of sgd (timm)."""
-    weight_decay: float = 2e-5
+    weight_decay: Annotated[float, Range(0)] = 2e-5
     """Weight decay, of matrices and kernels only, not of biases and norms (timm)."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls to zero, step by step (timm: cosine)."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: Annotated[float, Range(0)] = 5.0
     """Epochs in which the learning rate grows linearly from 1e-5 (timm)."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Range(0, below=1)] = 0.1
     """Label smoothing of the training loss (timm)."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, Range(above=0)] = None
     """Clip the norm of the gradient to this; default: no clipping (timm)."""
-    ema: float | None = None
+    ema: Annotated[float | None, Range(above=0, below=1)] = None
     """Keep an exponential moving average of the weights with this decay, and test it too; timm's decay is 0.9998."""
     test_flip: bool = False
     """Test on the mean of the logits of an image and its mirror image."""
@@ -96,7 +97,7 @@ class Config:
     # Machine.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
-    devices: int = 1
+    devices: Annotated[int, Range(0)] = 1
     """How many devices, one process each; 0 takes every visible GPU. Under torchrun, torchrun decides."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision."""
@@ -108,17 +109,17 @@ class Config:
     """Shard parameters, gradients and optimizer state over the devices (FSDP2), for models that outgrow one."""
 
     # The run.
-    seeds: int = 5
+    seeds: Annotated[int, Range(1)] = 5
     """How many runs, with the seeds `seed`, `seed + 1`, ... (paper: 5)."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, below=2**32)] = 0
     """The first seed."""
     out: Path | None = None
     """Results folder; default: results/DATASET/MODEL/ALGORITHM."""
     resume: bool = False
     """Go on with the run in the results folder, from its last good checkpoint; finished seeds are left alone."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: Annotated[float, Range(above=0)] = 10.0
     """Write a checkpoint this often, besides at the end of each epoch and on SIGTERM and SIGINT."""
-    panels: int = 0
+    panels: Annotated[int, Range(0)] = 0
     """Draw TensorBoard pictures of feature reuse and masks every N steps, about a second each; 0: none."""
     progress: bool = True
     """Show a progress bar with throughput and time left."""
@@ -129,20 +130,12 @@ class Config:
         Raises:
             RunError: a setting is out of its range, named with its value.
         """
-        for name in ("epochs", "batch_size", "accumulate", "seeds"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "seed", "devices", "momentum", "panels"):
-            if getattr(self, name) < 0:
-                raise RunError(f"--{_flag(name)} cannot be negative, not {getattr(self, name)}")
-        if not 0 <= self.rate < 1:
-            raise RunError(f"--rate is a probability below 1, not {self.rate}")
-        if not 0 <= self.label_smoothing < 1:
-            raise RunError(f"--label-smoothing lies between 0 and 1, not {self.label_smoothing}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise RunError(f"--ema is a decay between 0 and 1, such as 0.9998, not {self.ema}")
-        if self.checkpoint_minutes <= 0:
-            raise RunError(f"--checkpoint-minutes must be positive, not {self.checkpoint_minutes}")
+        check_ranges(self)
+        if self.warmup_epochs >= self.epochs:
+            raise RunError(
+                f"--warmup-epochs {self.warmup_epochs:g} do not end within --epochs {self.epochs}, so the learning "
+                "rate would never reach its peak: give fewer, such as --warmup-epochs 0"
+            )
         if self.fsdp and (self.ema is not None or self.compile or self.panels):
             raise RunError("--fsdp does not go together with --ema, --compile or --panels: leave one of them out")
 
@@ -207,7 +200,3 @@ def parse(kind: type[ConfigT], args: Sequence[str], default: ConfigT | None = No
         default: what holds where the command line is silent; default `kind()`.
     """
     return tyro.cli(kind, args=list(args), default=default or kind())
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+import torch
 from data import DataError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import rdp
 
+# A full disk, a missing permission, a path that is something else: errors of the machine, not ours.
+_OF_THE_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+}
 LAUNCHED = "RDP_RECIPES_LAUNCHED"  # set for the processes that `launch` started: it reports their errors, once
 
 
@@ -31,14 +47,19 @@ def explained() -> Iterator[None]:
     except (RunError, DataError, rdp.RdpError) as error:
         _exit(error, str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _OF_THE_MACHINE:
             raise
-        _exit(error, f"cannot write {error.filename or 'a file'}: {error.strerror}")
+        _exit(error, f"cannot use {error.filename or 'a file'}: {error.strerror}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        found = str(error).partition(".")[0]
+        _exit(error, f"out of memory ({found}): choose a smaller --batch-size or a larger --accumulate")
+    except KeyboardInterrupt as error:  # before training or after it; in between a signal saves first
+        _exit(error, "interrupted; what was saved is untouched", status=128 + signal.SIGINT)
 
 
-def _exit(error: BaseException, sentence: str) -> None:
+def _exit(error: BaseException, sentence: str, status: int = 1) -> NoReturn:
     if LAUNCHED in os.environ:
         get_error_handler().record_exception(RunError(sentence))
     else:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from error
+    raise SystemExit(status) from error

@@ -41,13 +41,13 @@ def evaluate(
             "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
         }
     ).to(device)
-    loss = MeanMetric().to(device)
+    loss = MeanMetric(nan_strategy="disable").to(device)  # its default leaves NaN out
     for images, labels in batches:
         with autocast():
             logits = (model(images) + model(images.flip(-1))) / 2 if flip else model(images)
         if len(labels):
             logits = logits.float()
             metrics.update(logits, labels)
-            loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
+            loss.update(functional.cross_entropy(logits, labels, reduction="none"))
     counted = metrics.compute()
     return {name: 100 * float(value) for name, value in counted.items()} | {"test_loss": float(loss.compute())}

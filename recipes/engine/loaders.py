@@ -10,6 +10,8 @@ from data import Loader, make_loader
 from engine.config import Config
 from engine.launch import World
 
+TEST_BATCH = 256  # in one forward of one process; results do not depend on it
+
 
 @contextmanager
 def open_loaders(
@@ -19,7 +21,6 @@ def open_loaders(
     *,
     resolution: int | Callable[[int], int] | None = None,
     test_resolution: int | None = None,
-    test_batch_size: int = 1000,
 ) -> Iterator[tuple[Loader, Loader]]:
     """Open the two splits of the configuration's data set.
 
@@ -29,7 +30,6 @@ def open_loaders(
         world: shares every batch.
         resolution: of training images, or a function from the epoch to it (`imagenet` only).
         test_resolution: of test images (`imagenet` only).
-        test_batch_size: test images in one forward of one process.
 
     Yields:
         The loaders of training and test images; they are closed when the context ends.
@@ -60,7 +60,7 @@ def open_loaders(
             config.dataset,
             "test",
             train=False,
-            batch_size=test_batch_size,
+            batch_size=TEST_BATCH,
             device=str(world.device),
             data_dir=config.data_dir,
             download=config.download,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import timm
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -30,8 +32,10 @@ def make_model(config: Config, *, classes: int, channels: int) -> nn.Module:
         RunError: timm has no such model, or it has no stem that could be made small.
     """
     if config.model not in timm.list_models():
-        near = ", ".join(timm.list_models(f"*{config.model}*")[:5]) or "see timm.list_models()"
-        raise RunError(f"timm has no model {config.model!r}: {near}")
+        near = " or ".join(get_close_matches(config.model, timm.list_models()))
+        raise RunError(
+            f"timm has no model {config.model!r}: " + (f"do you mean {near}?" if near else "see timm.list_models()")
+        )
     model = timm.create_model(config.model, num_classes=classes, in_chans=channels)
     return shrink_stem(model, config.model) if config.small_stem else model
 
@@ -137,7 +141,8 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
         for stage in model.children():
             if any(True for _ in stage.parameters()) and type(stage).forward is not nn.Module.forward:
                 fully_shard(stage)
-        return fully_shard(model)
+        fully_shard(model)  # in place
+        return model
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -154,10 +159,13 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         The optimizer.
 
     Raises:
-        RunError: timm has no such optimizer.
+        RunError: timm has no such optimizer, or it does not take these settings.
     """
     if config.optimizer not in list_optimizers():
-        raise RunError(f"timm has no optimizer {config.optimizer!r}: choose one of {', '.join(list_optimizers())}")
-    return create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.peak_lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
+        known = ", ".join(map(str, list_optimizers()))
+        raise RunError(f"timm has no optimizer {config.optimizer!r}: choose one of {known}")
+    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    try:
+        return create_optimizer_v2(model, opt=config.optimizer, **settings)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"timm's optimizer {config.optimizer!r} does not take {settings}: {error}") from error

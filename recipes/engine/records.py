@@ -60,7 +60,7 @@ class Records:
         self.tensorboard: SummaryWriter | None = None
         if folder is not None:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
-            self._write_history()
+        self._write_history()
 
     def open_panels(self, handle: rdp.ResidualDropPath | None, images: Tensor) -> None:
         """Draw pictures of feature reuse and masks from now on, if `panels` of the configuration asks for them.
@@ -91,9 +91,9 @@ class Records:
             numbers: by name, such as "top1".
         """
         self.history.append({"epoch": epoch, "step": step, **numbers})
-        if self._folder is None or self.tensorboard is None:
-            return
         self._write_history()
+        if self.tensorboard is None:
+            return
         for name, value in numbers.items():
             self.tensorboard.add_scalar(name, value, step)
         self.tensorboard.flush()
@@ -118,5 +118,7 @@ class Records:
             self.tensorboard.close()
 
     def _write_history(self) -> None:
+        if self._folder is None:
+            return
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_atomically(self._folder / "metrics.jsonl", lines.encode())

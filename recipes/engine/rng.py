@@ -13,12 +13,13 @@ def seed_all(seed: int) -> None:
     """Seed torch (CPU and GPUs), Python and NumPy."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no more
 
 
 def get_rng_state() -> dict[str, Any]:
     """The states of torch (CPU and current GPU), Python and NumPy."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

@@ -123,5 +123,5 @@ def fingerprint(model: nn.Module) -> str:
     """A digest of the bits of all parameters: equal exactly if replicas are."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

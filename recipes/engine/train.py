@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,8 @@ import torch
 from data import Loader
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from engine import checkpoint
 from engine.config import Config
@@ -59,7 +62,7 @@ def train(
     # The model, what is attached to it, and its optimizer.
     device = world.device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device=device, memory_format=layout)
+    model.to(device).to(memory_format=layout)
     images, labels = next(iter(train_data.epoch(0)))
     check_model(model, images[:2], config.model)
     flops = relative_flops(model, config, images, labels)
@@ -90,9 +93,11 @@ def train(
         images=epochs * steps_per_epoch * config.batch_size,
         images_done=(state.epoch * steps_per_epoch + state.step) * config.batch_size,
         step=state.epoch * steps_per_epoch + state.step,
-        history=saved and saved["history"],
+        history=saved["history"] if saved else None,
     )
 
+    if config.resume and saved is None:
+        records.say(f"nothing to resume in {folder}: starting from the beginning")
     records.open_panels(handle, images[:PROBE])
 
     def save() -> None:
@@ -164,6 +169,7 @@ def train(
                     autocast=autocast,
                     flip=config.test_flip,
                 )
+                _require_finite("test", tested["test_loss"], epoch)
                 numbers |= {prefix + name: value for name, value in tested.items()}
             state.next_epoch()
             records.epoch(epoch, epochs, state.epoch * steps_per_epoch, numbers)
@@ -191,7 +197,8 @@ def _check(train_data: Loader, test_data: Loader, steps_per_epoch: int, config: 
         )
     if train_data.classes != test_data.classes:
         raise RunError(
-            f"{config.dataset} has {train_data.classes} classes for training and {test_data.classes} for testing"
+            f"{config.dataset} has {train_data.classes} classes for training and {test_data.classes} for testing: "
+            "are both of the same data set?"
         )
 
 
@@ -202,9 +209,9 @@ def _autocast(config: Config, device: torch.device) -> Callable[[], AbstractCont
 
 def _gradient_sync(parallel: nn.Module, wanted: bool) -> AbstractContextManager[object]:
     # Processes add up their gradients once a step, in the backward of the last micro-batch.
-    if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP2
+    if isinstance(parallel, FSDPModule):
         parallel.set_requires_gradient_sync(wanted)
-    elif not wanted and hasattr(parallel, "no_sync"):  # DistributedDataParallel
+    elif not wanted and isinstance(parallel, DistributedDataParallel):
         return parallel.no_sync()
     return nullcontext()
 
@@ -212,16 +219,20 @@ def _gradient_sync(parallel: nn.Module, wanted: bool) -> AbstractContextManager[
 def _training_numbers(state: TrainState, world: World, config: Config) -> dict[str, float]:
     images = state.step * config.batch_size
     loss = float(world.sum(state.loss_sum)) / images
-    if loss != loss or loss == float("inf"):
-        raise RunError(
-            f"the training loss of epoch {state.epoch + 1} is {loss}: try a lower --lr, more --warmup-epochs, "
-            "--clip-grad 1, or --amp bf16 instead of fp16"
-        )
+    _require_finite("training", loss, state.epoch)
     return {
         "train_loss": loss,
         "train_seconds": state.epoch_seconds,
         "images_per_second": images / max(state.epoch_seconds, 1e-9),
     }
+
+
+def _require_finite(which: str, loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the {which} loss of epoch {epoch + 1} is {loss}: try a lower --lr, more --warmup-epochs, --clip-grad 1, "
+            "or --amp bf16 instead of fp16"
+        )
 
 
 def _after_each(items: Iterable[T], action: Callable[[], None]) -> Iterator[T]:

@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imagenet_ffcv
 import numpy as np
 import pytest
 import torch
-from engine import checkpoint
-from imagenet_ffcv import PRESETS, ImagenetConfig, blur_strides, configure
+from data.beton_writer import FolderSource, write_beton
+from data.folder import Folder, read_folder
+from data.folder_loader import FolderLoader
+from engine import checkpoint, main
+from imagenet_ffcv import PRESETS, ImagenetConfig, blur_strides, configure, run
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 RECIPE = Path(imagenet_ffcv.__file__)
@@ -78,10 +82,10 @@ def test_one_command_trains_in_two_processes_that_end_bit_identical(folder: Path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_torchrun_is_the_same_run(folder: Path, tmp_path: Path) -> None:
-    common = ["--data-dir", str(folder), "--loader", "torch", "--device", "cpu", "--epochs", "2"]
-    ours = recipe(*common, "--devices", "2", "--out", str(tmp_path / "ours"))
+    common = [*TWO, "--data-dir", str(folder), "--loader", "torch"]
+    ours = recipe(*common, "--out", str(tmp_path / "ours"))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    theirs = recipe(*common, "--devices", "2", "--out", str(tmp_path / "theirs"), launcher=torchrun)
+    theirs = recipe(*common, "--out", str(tmp_path / "theirs"), launcher=torchrun)
     assert (ours.returncode, theirs.returncode) == (0, 0), ours.stderr + theirs.stderr
     assert replicas(tmp_path / "ours") == replicas(tmp_path / "theirs")
 
@@ -103,7 +107,6 @@ def test_through_write_beton_and_ffcv(mode: str, folder: Path, tmp_path: Path) -
 @pytest.mark.timeout(600)
 def test_a_signal_to_the_command_saves_and_stops_all_its_processes(folder: Path, tmp_path: Path) -> None:
     arguments = [*TWO, "--epochs", "1000", "--data-dir", str(folder), "--out", str(tmp_path), "--loader", "torch"]
-    arguments += ["--workers", "0"]
     command = [sys.executable, str(RECIPE), *SMALL, "--no-progress", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         while run.poll() is None and not list(tmp_path.rglob("*.pt")):
@@ -126,6 +129,90 @@ def test_missing_data_is_one_sentence_from_all_processes_together(tmp_path: Path
     assert str(tmp_path / "none") in errors[0]
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-24])
+
+
+def write_text(path: Path) -> None:
+    path.write_text("not a beton\n" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (cut, "imagenet-train.beton is cut short or damaged: its table has 71 whole rows for 72 samples"),
+        (write_text, "imagenet-train.beton is cut short or damaged: its version is"),
+        (Path.unlink, "there is no file"),
+    ],
+)
+def test_a_spoilt_beton_is_one_sentence(
+    spoil: Callable[[Path], None],
+    sentence: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "imagenet-train.beton"
+    write_beton(file, FolderSource(read_folder(folder, "train")))
+    spoil(file)
+    arguments = ["--data-dir", str(tmp_path), "--loader", "ffcv", "--device", "cpu", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", *SMALL, "--devices", "1", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main(configure, run)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert sentence in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ffcv
+def test_a_beton_for_testing_of_other_classes_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = read_folder(folder, "train"), read_folder(folder, "test")
+    write_beton(tmp_path / "imagenet-train.beton", FolderSource(train))
+    two = [path for path, label in zip(test.paths, test.labels, strict=True) if label < 2]
+    write_beton(tmp_path / "imagenet-test.beton", FolderSource(Folder(two, test.labels[: len(two)], test.classes[:2])))
+    arguments = ["--data-dir", str(tmp_path), "--loader", "ffcv", "--device", "cpu", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", *SMALL, "--devices", "1", *arguments])
+    with pytest.raises(SystemExit):
+        main(configure, run)
+    assert "imagenet has 3 classes for training and 2 for testing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_of_ffcv_imagenet_runs_from_one_end_to_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    original = FolderLoader.epoch
+
+    def epoch(loader: FolderLoader, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in original(loader, number, start):
+            sizes.append((number, len(images), images.shape[-1]))
+            yield images, labels
+
+    monkeypatch.setattr(FolderLoader, "epoch", epoch)
+    smaller = ["--resolution", "64", "--start-resolution", "32", "--grow-from", "0", "--grow-until", "2"]
+    smaller += ["--epochs", "3", "--warmup-epochs", "1", "--workers", "0", "--lr", "0.01"]
+    arguments = ["--data-dir", str(folder), "--loader", "torch", "--device", "cpu", "--out", str(tmp_path), *smaller]
+    monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", "--preset", "ffcv-16ep", *SMALL, "--devices", "1", *arguments])
+    main(configure, run)
+    result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
+    assert (result["epochs"], result["steps"]) == (3, 12)
+    grown = [(epoch, size) for epoch, images, size in sizes if images == 16]
+    assert grown[1:] == [(epoch, size) for epoch, size in enumerate((32, 64, 64)) for _ in range(4)]
+    config = json.loads((tmp_path / "seed-0" / "config.json").read_text())
+    assert (config["blurpool"], config["amp"], config["channels_last"], config["test_flip"]) == (
+        True,
+        "fp16",
+        True,
+        True,
+    )
 
 
 def test_the_defaults_are_the_papers() -> None:

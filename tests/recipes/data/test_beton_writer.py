@@ -140,6 +140,11 @@ def test_arguments_that_make_no_sense(tmp_path, arrays, photographs):
         write_beton(tmp_path / "x.beton", ArraySource(Arrays(arrays.images[:0], arrays.labels[:0])))
     with pytest.raises(ValueError, match="jpeg_share must be from 0 to 1, not 50"):
         FolderSource(read_folder(photographs, "train"), jpeg_share=50)
+    for side in (0, -5, 65536):
+        with pytest.raises(ValueError, match=f"max_resolution must be from 1 to 65535 pixels, not {side}"):
+            FolderSource(read_folder(photographs, "train"), max_resolution=side)
+    with pytest.raises(ValueError, match="quality must be from 1 to 100, not 0"):
+        FolderSource(read_folder(photographs, "train"), quality=0)
 
 
 def test_a_disk_that_returns_other_bytes_is_noticed(tmp_path, arrays, monkeypatch):

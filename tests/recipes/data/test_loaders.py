@@ -196,10 +196,20 @@ def test_folders_that_are_not_right(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"resolution": 32}, "mnist10k comes in 28 pixels; resolution is for imagenet only"),
-        ({"augment": "resized-crop-flip"}, "mnist10k cannot be augmented with 'resized-crop-flip'"),
+        ({"augment": "resized-crop-flip"}, "mnist10k cannot be augmented with 'resized-crop-flip': use --augment auto"),
         ({"dataset": "imagenet", "augment": "crop-flip"}, "imagenet cannot be augmented with 'crop-flip'"),
-        ({"limit": 8501}, "limit must be from 1 to the split's 8500 samples"),
+        ({"limit": 8501}, "--limit must be from 1 to the 8500 samples that there are, not 8501"),
+    ],
+)
+def test_options_that_do_not_go_together_with_the_data(arguments, message):
+    with pytest.raises(DataError, match=message):
+        make_loader(**(MEMORY | {"split": "train", "train": True} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resolution": 32}, "mnist10k comes in 28 pixels; resolution is for imagenet only"),
         ({"split": "val"}, "split must be one of train, test, not 'val'"),
         ({"loader": "FFCV"}, "loader must be one of auto, ffcv, torch, not 'FFCV'"),
         ({"augment": "flip"}, "augment must be one of auto, none, crop-flip, resized-crop-flip, not 'flip'"),

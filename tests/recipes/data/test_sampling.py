@@ -90,7 +90,7 @@ def test_subset_is_fixed_and_sorted():
 
 @pytest.mark.parametrize("limit", [0, -1, 11])
 def test_subset_refuses_a_limit_outside_of_the_split(limit):
-    with pytest.raises(ValueError, match=rf"from 1 to the split's 10 samples, not {limit}"):
+    with pytest.raises(DataError, match=rf"from 1 to the 10 samples that there are, not {limit}"):
         subset(10, limit)
 
 

@@ -16,8 +16,8 @@ def test_the_command_line_sets_typed_fields() -> None:
 
 def test_what_the_command_line_says_wins_over_a_preset() -> None:
     preset = Config(epochs=16, channels_last=True, lr=1.7)
-    config = parse(Config, ["--epochs", "3", "--no-channels-last"], default=preset)
-    assert (config.epochs, config.channels_last, config.lr) == (3, False, 1.7)
+    config = parse(Config, ["--epochs", "7", "--no-channels-last"], default=preset)
+    assert (config.epochs, config.channels_last, config.lr) == (7, False, 1.7)
 
 
 def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,11 +43,13 @@ def test_an_unknown_algorithm_is_refused_with_the_known_ones(capsys: pytest.Capt
     [
         ({"epochs": 0}, "--epochs must be at least 1, not 0"),
         ({"batch_size": -4}, "--batch-size must be at least 1, not -4"),
-        ({"rate": 1.0}, "--rate is a probability below 1, not 1.0"),
-        ({"ema": 1.5}, "--ema is a decay between 0 and 1, such as 0.9998, not 1.5"),
-        ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes must be positive, not 0.0"),
+        ({"rate": 1.0}, "--rate must be at least 0 and below 1, not 1.0"),
+        ({"ema": 1.5}, "--ema must be above 0 and below 1, not 1.5"),
+        ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes must be above 0, not 0.0"),
+        ({"lr": float("nan")}, "--lr must be a number up to 1e\\+30, not nan"),
+        ({"epochs": 5}, "--warmup-epochs 5 do not end within --epochs 5, so .* such as --warmup-epochs 0"),
         ({"fsdp": True, "ema": 0.9}, "--fsdp does not go together with --ema, --compile or --panels"),
-        ({"devices": -1}, "--devices cannot be negative, not -1"),
+        ({"devices": -1}, "--devices must be at least 0, not -1"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict[str, object], message: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -40,3 +41,8 @@ def test_no_gradient_is_recorded() -> None:
     model = nn.Linear(3, 3)
     run(model, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))], 3)
     assert model.weight.grad is None
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out() -> None:
+    batches = [(torch.full((4, 3), value), torch.zeros(4, dtype=torch.long)) for value in (0.0, float("nan"))]
+    assert math.isnan(run(nn.Identity(), batches, 3)["test_loss"])

@@ -85,11 +85,19 @@ def test_a_folder_in_use_a_finished_run_and_other_settings(
     ("args", "sentence"),
     [
         (["--batch-size", "100", "--accumulate", "3"], "a batch of 100 cannot be shared equally"),
-        (["--rate", "1.5"], "--rate is a probability below 1, not 1.5"),
+        (["--rate", "1.5"], "--rate must be at least 0 and below 1, not 1.5"),
         (["--model", "resnet51"], "timm has no model 'resnet51'"),
         (["--batch-size", "512"], "256 samples do not fill a batch of 512"),
         (["--dataset", "mnist", "--data-dir", "/nonexistent"], "/nonexistent"),
         (["--model", "vgg11"], "vgg11 cannot take images of 1 x 28 x 28: "),
+        (["--lr", "nan"], "--lr must be a number up to 1e+30, not nan"),
+        (["--epochs", "-3"], "--epochs must be at least 1, not -3"),
+        (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 do not end within --epochs 5"),
+        (["--limit", "8501"], "--limit must be from 1 to the 8500 samples that there are, not 8501"),
+        (["--augment", "resized-crop-flip"], "mnist10k cannot be augmented with 'resized-crop-flip'"),
+        (["--optimizer", "sgdd"], "timm has no optimizer 'sgdd'"),
+        (["--momentum", "0"], "timm's optimizer 'sgd' does not take"),
+        (["--small-stem", "--model", "test_vit"], "--small-stem is for ResNets"),
         (["--devices", "3"], "a batch of 64 cannot be shared equally by 3 processes"),
     ],
 )
@@ -103,6 +111,35 @@ def test_a_run_that_cannot_start_says_why_in_one_sentence_and_leaves_nothing(
     out = tmp_path / "out"
     assert sentence in refusal(monkeypatch, capsys, "--out", str(out), *args)
     assert not out.exists()
+
+
+def test_a_results_folder_that_cannot_be_made_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    said = refusal(monkeypatch, capsys, "--algorithm", "standard", "--out", str(tmp_path / "file" / "out"))
+    assert said == f"cannot use {tmp_path}/file/out/seed-0: Not a directory"
+
+
+def test_nothing_to_resume_is_said_and_started_from_the_beginning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe(monkeypatch, "--algorithm", "standard", "--epochs", "1", "--out", str(tmp_path), "--resume")
+    assert f"nothing to resume in {tmp_path}/seed-0: starting from the beginning" in capsys.readouterr().out
+
+
+def test_interrupted_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mnist, "make_model", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        recipe(monkeypatch, "--out", str(tmp_path / "out"))
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; what was saved is untouched\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(
@@ -134,7 +171,11 @@ def test_all_checkpoints_damaged(
         (RunError("a"), "error: a"),
         (DataError("b"), "error: b"),
         (rdp.BranchError("c"), "error: c"),
-        (OSError(errno.ENOSPC, "No space left on device", "file"), "error: cannot write file: No space left on device"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "error: out of memory (CUDA out of memory): choose a smaller --batch-size or a larger --accumulate",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "file"), "error: cannot use file: No space left on device"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(

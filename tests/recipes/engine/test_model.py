@@ -15,10 +15,10 @@ def test_a_model_has_the_channels_and_classes_of_the_data() -> None:
 
 
 def test_an_unknown_model_is_refused_with_its_neighbours() -> None:
-    with pytest.raises(RunError, match="timm has no model 'resnet51': "):
-        make_model(Config(model="resnet51"), classes=10, channels=1)
-    with pytest.raises(RunError, match=r"timm has no model 'wide_resnet': wide_resnet"):
-        make_model(Config(model="wide_resnet"), classes=10, channels=1)
+    with pytest.raises(RunError, match=r"timm has no model 'resnt50': do you mean .*resnet50"):
+        make_model(Config(model="resnt50"), classes=10, channels=1)
+    with pytest.raises(RunError, match=r"timm has no model '\?': see timm.list_models\(\)"):
+        make_model(Config(model="?"), classes=10, channels=1)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
@@ -98,6 +98,11 @@ def test_biases_and_norms_are_not_decayed() -> None:
 def test_an_unknown_optimizer_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RunError, match=r"timm has no optimizer 'sgdd': choose one of .*adamw.*sgd"):
         make_optimizer(nn.Linear(1, 1), Config(optimizer="sgdd"))
+
+
+def test_settings_that_an_optimizer_does_not_take_are_named() -> None:
+    with pytest.raises(RunError, match=r"timm's optimizer 'sgd' does not take .*'momentum': 0.0.*: Nesterov momentum"):
+        make_optimizer(nn.Linear(1, 1), Config(momentum=0.0))
 
 
 def test_fsdp_alone_is_refused() -> None:

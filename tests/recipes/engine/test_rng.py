@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from engine import checkpoint
 from engine.rng import get_rng_state, seed_all, set_rng_state
@@ -25,10 +26,11 @@ def test_every_stream_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
     assert [draw() for _ in range(3)] == expected
 
 
-def test_a_seed_decides_every_stream() -> None:
-    seed_all(3)
+@pytest.mark.parametrize("seed", [3, 2**32 - 1, 2**40])  # seed x processes + rank can be large
+def test_a_seed_decides_every_stream(seed: int) -> None:
+    seed_all(seed)
     first = draw()
-    seed_all(3)
+    seed_all(seed)
     assert draw() == first
-    seed_all(4)
+    seed_all(seed + 1)
     assert all(a != b for a, b in zip(draw(), first, strict=True))

@@ -141,3 +141,10 @@ def test_no_results_and_damaged_results_are_one_sentence(tmp_path: Path) -> None
     (write(tmp_path, 0, 90.0) / "config.json").write_text("{")
     with pytest.raises(TableError, match=r"cannot read the run of .*result\.json"):
         read_runs(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "why"), [('{"top1": 90.0}', "it lacks algorithm, dataset, "), ("[1]", "list")])
+def test_a_result_of_something_else_is_named(content: str, why: str, tmp_path: Path) -> None:
+    (write(tmp_path, 0, 90.0) / "result.json").write_text(content)
+    with pytest.raises(TableError, match=rf"cannot read the run of .*result\.json: .*{why}"):
+        read_runs(tmp_path)
