@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forwards in eval mode; training flags and random number generators are put back afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     # The fused inference kernels of nn.TransformerEncoderLayer would hide the additions.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+        with _own_random_numbers(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -38,17 +37,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def as_in_training(model: nn.Module) -> Iterator[None]:
     """Within `undisturbed`: train mode, but for norms with running statistics; buffers are put back afterwards."""
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    generator = torch.get_rng_state()
     for module in model.modules():
         module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
     try:
-        yield
+        with _own_random_numbers(model):
+            yield
     finally:
         model.eval()
-        torch.set_rng_state(generator)
         for buffer, version, old in buffers:
             if buffer._version != version:
                 buffer.copy_(old)
+
+
+def _own_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+    """The global generators are put back afterwards, on the CPU and wherever the model is."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng(devices=[device.index or 0 for device in devices])
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

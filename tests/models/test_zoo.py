@@ -126,7 +126,7 @@ def test_gating_small_models_is_exact(entry: Entry) -> None:
     assert check_gating(*entry.build_quick()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.check and e.name not in SMALL], ids=lambda entry: entry.key)
 def test_gating_every_model_is_exact(entry: Entry) -> None:
     torch.manual_seed(0)
