@@ -1,6 +1,7 @@
 """Law 2: FREEZE replays the masks of DROP, whatever its batch sizes and number of micro-batches."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_row_i_of_micro_batch_k_keeps_its_mask(case, drop_sizes, freeze_sizes, c
 
 @given(cases(), st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3))
 def test_rows_beyond_are_what_drop_would_have_drawn(case, sizes):
+    case = replace(case, sampling="bernoulli")  # a fixed number of rows is one of the rows that DROP had
     drop_sizes, freeze_sizes = zip(*sizes, strict=True)
     model, handle = attached(case)
     run_step(model, handle, drop_sizes)
@@ -63,6 +65,7 @@ def test_masks_are_the_pure_function_of_the_counters(case, steps):
             # with freeze="params" all micro-batches of a step must agree on what is frozen
             number = 0 if case.freeze == "params" else k % micro_batches
             where = {"seed": case.seed, "cycle": step // 2, "micro_batch": number, "mode": case.mode, "rank": 0}
+            where["fixed_among"] = steps[step - step % 2][number] if case.sampling == "fixed" else None
             assert torch.equal(masks, draw(case.rates, masks.shape[1], **where))
 
 
