@@ -102,6 +102,6 @@ class _Images(Dataset[Tensor | DataError]):
 
     def _image(self, request: _Request, index: int) -> Tensor:
         stored, _ = read_image(self._paths[index])
-        image = v2.pil_to_tensor(stored.convert("RGB"))
+        image = v2.pil_to_tensor(stored if stored.mode == "RGB" else stored.convert("RGB"))
         box = self._crop.boxes(request.epoch, np.array([index]), *([side] for side in image.shape[1:]))[0]
         return v2.resized_crop(image, *box.tolist(), [request.resolution] * 2, antialias=True)
