@@ -124,7 +124,7 @@ def test_export_and_jit_trace_of_an_attached_model_in_eval_mode_are_the_plain_mo
     train(model, handle.wrap(sgd(model)))
     model.eval()
     expected = copy.deepcopy(model)(x)
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert torch.equal(torch.export.export(model, (x,), strict=False).module()(x), expected)
     assert torch.equal(torch.jit.trace(model, (x,))(x), expected)
     assert handle.step_count == 2
 

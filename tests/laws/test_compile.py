@@ -81,7 +81,7 @@ def test_a_model_compiled_and_called_before_attach_still_drops():
     compiled = torch.compile(model, backend="eager")
     x = model.rows(6, 0)
     plain = compiled(x)
-    handle = case.attach(model)
+    handle = case.attach(model, example_inputs=x)
     output = compiled(x)
     torch.testing.assert_close(output, case.oracle(case.model(), x, handle.masks, handle.phase))
     assert not torch.equal(output, plain)

@@ -30,6 +30,8 @@ def options(cls: type, *, fused: bool = False, **drawn: Any) -> st.SearchStrateg
     return st.tuples(st.just(cls), st.tuples(shared, st.fixed_dictionaries(drawn)).map(lambda two: two[0] | two[1]))
 
 
+MATRICES_ONLY = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # since torch 2.9
+
 # SparseAdam wants sparse gradients and LBFGS has one state for all parameters; both have tests in test_optim.py.
 OPTIMIZERS = st.one_of(
     options(torch.optim.SGD, fused=True, lr=st.just(0.1), momentum=st.sampled_from([0.0, 0.9]), weight_decay=DECAY),
@@ -45,12 +47,15 @@ OPTIMIZERS = st.one_of(
     options(torch.optim.Rprop, lr=st.just(0.1)),
     options(torch.optim.ASGD, lr=st.just(0.1), weight_decay=DECAY),
     options(torch.optim.Adafactor, lr=st.just(0.1), weight_decay=DECAY),
-    st.tuples(st.just(torch.optim.Muon), st.fixed_dictionaries({"lr": st.just(0.1), "weight_decay": DECAY})),
+    *(
+        st.tuples(st.just(cls), st.fixed_dictionaries({"lr": st.just(0.1), "weight_decay": DECAY}))
+        for cls in MATRICES_ONLY
+    ),
 )
 
 
 def optimize(model: torch.nn.Module, cls: type, arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if cls is not torch.optim.Muon or p.dim() == 2]
+    parameters = [p for p in model.parameters() if cls not in MATRICES_ONLY or p.dim() == 2]
     return cls(parameters, **arguments)
 
 

@@ -1,0 +1,238 @@
+"""`rdp.forward`: the masks of one forward on a device, and the forward that a recomputation belongs to."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from laws.architectures import BlockMLP
+from laws.strategies import Case
+from laws.test_checkpointing import CheckpointedMLP
+from laws.training import loss
+from torch import Tensor
+
+import rdp
+from rdp.forward import Forward, Forwards, in_backward, in_reentrant_checkpoint
+
+CPU = torch.device("cpu")
+MASKS = st.integers(1, 6).flatmap(
+    lambda rows: st.lists(st.lists(st.booleans(), min_size=rows, max_size=rows), min_size=1, max_size=4)
+)
+
+
+def forward(rows: int = 3) -> Forward:
+    return Forward(rdp.Phase.DROP, torch.ones(1, rows, dtype=torch.bool))
+
+
+@given(MASKS)
+def test_rows_are_kept_and_split_as_the_masks_say(table):
+    masks = torch.tensor(table)
+    one = Forward(rdp.Phase.FREEZE, masks)
+    assert (one.phase, one.rows) == (rdp.Phase.FREEZE, len(table[0]))
+    for branch, keep in enumerate(table):
+        assert one.keep(branch, CPU).tolist() == keep
+        assert one.kept(branch) == sum(keep)
+        assert one.keeps_all(branch) == (None if len(set(keep)) == 2 else keep[0])
+        split = one.split(branch, CPU)
+        assert split.kept.tolist() == [row for row, kept in enumerate(keep) if kept]
+        assert split.dropped.tolist() == [row for row, kept in enumerate(keep) if not kept]
+
+
+def test_rows_keep_their_order_also_where_a_sort_is_not_stable_by_itself():
+    masks = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < 0.5
+    split = Forward(rdp.Phase.DROP, masks).split(1, CPU)
+    assert torch.equal(split.kept, masks[1].nonzero().flatten())
+    assert torch.equal(split.dropped, (~masks[1]).nonzero().flatten())
+
+
+def test_all_masks_are_sent_to_a_device_at_once_and_only_once(monkeypatch):
+    sent = []
+    monkeypatch.setattr("rdp.forward._sent", lambda tensor, device: sent.append((tensor.shape, device)) or tensor)
+    one = Forward(rdp.Phase.DROP, torch.ones(4, 3, dtype=torch.bool))
+    for branch in (2, 0, 2):
+        one.keep(branch, CPU)
+        one.split(branch, CPU)
+    assert sent == [((4, 3), CPU)] * 2, "the masks, and the order of the rows"
+    one.keep(1, torch.device("meta"))
+    assert sent[2:] == [((4, 3), torch.device("meta"))]
+
+
+def test_a_copy_is_on_the_device_that_was_asked_for():
+    one = forward()
+    assert one.keep(0, torch.device("meta")).device.type == "meta"
+    assert one.keep(0, CPU).device.type == "cpu"
+
+
+class Asks(torch.autograd.Function):
+    """The identity, whose backward asks which forward is running, as a gate in a recomputation does."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ask) -> Tensor:
+        ctx.ask = ask
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.ask()
+        return gradient, None
+
+
+def asking(forwards: Forwards, one: Forward | None, answers: list) -> Tensor:
+    """The output of a forward of two nodes that ask in backward."""
+    forwards.begin(one)
+    x = torch.zeros((), requires_grad=True)
+    for _ in range(2):
+        x = Asks.apply(x, lambda: answers.append(forwards.current()))
+    assert forwards.current() is one
+    assert forwards.end() is one
+    return x
+
+
+@given(st.permutations(range(3)))
+def test_a_backward_belongs_to_the_forward_that_made_its_graph(order):
+    """However many forwards are pending, and in whatever order their backwards run."""
+    forwards, made, answers = Forwards(), [forward(), forward(), forward()], []
+    outputs = [asking(forwards, one, answers) for one in made]
+    assert forwards.current() is None
+    for number in order:
+        answers.clear()
+        outputs[number].backward()
+        assert answers == [made[number]] * 2
+    assert forwards.current() is None, "outside of a backward there is nothing to recompute"
+
+
+def test_a_graph_made_in_a_recomputation_belongs_to_the_forward_that_is_recomputed():
+    """Nested checkpoints: the inner one's nodes are younger than every forward."""
+    forwards, answers = Forwards(), []
+    first, second = forward(), forward()
+
+    def recompute() -> None:
+        answers.append(forwards.current())
+        with torch.enable_grad():
+            x = Asks.apply(torch.zeros((), requires_grad=True), lambda: answers.append(forwards.current()))
+        x.backward()
+
+    forwards.begin(first)
+    output = Asks.apply(torch.zeros((), requires_grad=True), recompute)
+    forwards.end()
+    asking(forwards, second, [])
+    output.backward()
+    assert answers == [first, first]
+
+
+def test_after_a_step_nothing_is_recomputed():
+    forwards, answers = Forwards(), []
+    output = asking(forwards, forward(), answers)
+    output.backward(retain_graph=True)
+    forwards.forget()
+    answers.clear()
+    output.backward()
+    assert answers == [None, None]
+
+
+def test_forwards_are_remembered_for_more_micro_batches_than_anyone_accumulates():
+    forwards, answers = Forwards(), []
+    made = [forward() for _ in range(257)]
+    outputs = [asking(forwards, one, answers) for one in made]
+    outputs[1].backward()
+    outputs[256].backward()
+    assert answers == [made[1]] * 2 + [made[256]] * 2
+    answers.clear()
+    outputs[0].backward()
+    assert made[0] not in answers, "the oldest of 257 is forgotten"
+
+
+def test_a_forward_that_is_not_gated_hides_the_one_around_it():
+    forwards, outer = Forwards(), forward()
+    forwards.begin(outer)
+    forwards.begin(None)
+    assert forwards.current() is None
+    assert forwards.end() is None
+    assert forwards.current() is outer
+    assert forwards.end() is outer
+    assert forwards.end() is None, "an end without a beginning, as after an interruption"
+
+
+def test_a_recomputation_of_the_whole_model_runs_the_first_forward_again():
+    forwards, one, seen = Forwards(), forward(), []
+
+    def recompute() -> None:
+        forwards.begin_recomputed()
+        interval = (one.first_node, one.last_node)
+        seen.append(forwards.current())
+        seen.append(forwards.end())
+        assert (one.first_node, one.last_node) == interval, "its nodes are those of the first run"
+
+    forwards.begin(one)
+    output = Asks.apply(torch.zeros((), requires_grad=True), recompute)
+    forwards.end()
+    output.backward()
+    assert seen == [one, one]
+
+
+def test_a_recomputation_that_no_forward_made_is_refused():
+    forwards = Forwards()
+    with pytest.raises(rdp.ForwardError) as refused:
+        forwards.begin_recomputed()
+    assert str(refused.value) == (
+        "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward runs without "
+        "gradients and was taken for a plain one. Pass use_reentrant=False, or checkpoint its blocks"
+    )
+    assert forwards.running == [None], "the end of the call, which comes even so, has something to end"
+
+
+def test_a_backward_and_a_reentrant_checkpoint_are_told_apart():
+    answers = []
+
+    def ask(*_: object) -> None:
+        answers.append((in_backward(), in_reentrant_checkpoint()))
+
+    def block(x: Tensor) -> Tensor:
+        ask()
+        return x.square()
+
+    x = torch.ones((), requires_grad=True)
+    for reentrant in (True, False):
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant).backward()
+    ask()
+    assert answers == [(False, False), (True, True), (False, False), (True, False), (False, False)]
+
+
+KINDS = ("plain", "norm", "plain")
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [(BlockMLP, (KINDS,)), (CheckpointedMLP, (KINDS, False))],
+    ids=["plain", "checkpointed"],
+)
+def test_two_losses_of_one_forward_and_a_backward_that_is_run_twice_have_the_forwards_masks(
+    mode, architecture, arguments
+):
+    """One after the other with `retain_graph=True`, the second after a further forward; one micro-batch each."""
+    case = Case(architecture, arguments, mode=mode, decay="constant", seed=3)
+    model = case.model()
+    reference = copy.deepcopy(model)
+    handle = case.attach(model)
+    for step in range(6):
+        x = model.rows(4, step).requires_grad_()
+        output = model(x)
+        expected = case.oracle(reference, x, handle.masks, handle.phase)
+        loss(output).backward(retain_graph=True)
+        output.square().sum().backward(retain_graph=True)
+        other = model(x)
+        loss(case.oracle(reference, x, handle.masks, handle.phase)).backward()
+        output.square().sum().backward()
+        loss(other).backward()
+        (loss(expected) + 2 * expected.square().sum()).backward()
+        assert handle._progress.forwards == 2
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            a, b = (torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q))
+            torch.testing.assert_close(a, b)
+        model.zero_grad()
+        reference.zero_grad()
+        handle.advance()
