@@ -187,7 +187,8 @@ def _complete_momentum(optimizer: Optimizer) -> None:
     """Give late comers a momentum buffer of zeros.
 
     Fused SGD allocates buffers only when no parameter has one, and fails on a parameter that gets its first gradient
-    after the others, as one does whose branch was frozen in the first step.
+    after the others, as one does whose branch was frozen in the first step. With dampening that gradient is dampened
+    too, where SGD that is not fused takes a first one whole.
     """
     if not isinstance(optimizer, SGD):
         return

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 common = settings(
     deadline=None,
@@ -14,6 +14,8 @@ common = settings(
 settings.register_profile("default", common, max_examples=200, derandomize=True)
 settings.register_profile("quick", common, max_examples=25, derandomize=True)
 settings.register_profile("thorough", common, max_examples=2000)
+# For mutation testing, where a failing example need not be made smaller.
+settings.register_profile("mutation", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.set_num_threads(1)  # the models of the laws are tiny: threads only cost

@@ -15,7 +15,7 @@ from laws.training import loss
 from torch import Tensor
 
 import rdp
-from rdp.forward import Forward, Forwards, in_backward, in_reentrant_checkpoint
+from rdp.forward import Forward, Forwards, _sent, in_backward, in_reentrant_checkpoint
 
 CPU = torch.device("cpu")
 MASKS = st.integers(1, 6).flatmap(
@@ -133,6 +133,13 @@ def test_after_a_step_nothing_is_recomputed():
     assert answers == [None, None]
 
 
+def test_before_the_first_forward_a_backward_belongs_to_none():
+    answers = []
+    x = Asks.apply(torch.zeros((), requires_grad=True), lambda: answers.append(Forwards().current()))
+    x.backward()
+    assert answers == [None]
+
+
 def test_forwards_are_remembered_for_more_micro_batches_than_anyone_accumulates():
     forwards, answers = Forwards(), []
     made = [forward() for _ in range(257)]
@@ -236,3 +243,29 @@ def test_two_losses_of_one_forward_and_a_backward_that_is_run_twice_have_the_for
         model.zero_grad()
         reference.zero_grad()
         handle.advance()
+
+
+class Recorder:
+    """Stands for a tensor and writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+
+    def pin_memory(self) -> Recorder:
+        self.asked.append(("pin_memory",))
+        return self
+
+    def to(self, *args: object, **kwargs: object) -> Recorder:
+        self.asked.append(("to", args, kwargs))
+        return self
+
+
+def test_a_copy_to_cuda_is_pinned_so_that_the_host_does_not_wait_for_it():
+    """No device is needed to see what is asked for."""
+    for device, asked in {
+        torch.device("cuda", 1): [("pin_memory",), ("to", (torch.device("cuda", 1),), {"non_blocking": True})],
+        torch.device("meta"): [("to", (torch.device("meta"),), {})],
+    }.items():
+        recorder = Recorder()
+        assert _sent(recorder, device) is recorder
+        assert recorder.asked == asked

@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from laws.architectures import BlockMLP
+from laws.strategies import Case
+from laws.test_mixed_precision import record_dtypes
+from laws.training import loss
 from torch import Tensor, nn
 
 import rdp
@@ -62,6 +66,26 @@ def test_undropped_rows_are_rescaled_to_the_bit_as_by_timm(dtype, keep_prob):
     """`timm.layers.drop_path(scale_by_keep=True)` multiplies by a tensor of ones that it divides, in the dtype of x."""
     x = torch.linspace(-3, 3, 50, dtype=dtype)
     assert torch.equal(rescale(x, keep_prob), x * torch.ones(50, dtype=dtype).div_(keep_prob))
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_by_keep", [False, True])
+def test_under_autocast_no_module_returns_another_dtype(mode, dtype, scale_by_keep):
+    case = Case(
+        BlockMLP, (("plain", "norm"),), mode=mode, decay="constant", scale_by_keep=scale_by_keep, dtype=torch.float32
+    )
+    plain, model = case.model(), case.model()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    seen = [record_dtypes(net) for net in (plain, model)]
+    for step in range(6):
+        for net in (plain, model):
+            with torch.autocast("cpu", dtype=dtype):
+                output = net(net.rows(4, step))
+            assert output.dtype == dtype
+            loss(output.float()).backward()
+        handle.advance()
+    assert seen[0] == seen[1]
 
 
 @given(MASKS)

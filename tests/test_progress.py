@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -67,10 +68,18 @@ def test_a_fixed_number_is_counted_among_the_rows_of_the_drop_forward(sizes):
         assert torch.equal(again[:, :rows], mask)
 
 
+def test_with_one_draw_all_forwards_of_freeze_have_that_of_the_first_of_drop():
+    run = progress(0.5, sampling="fixed", one_draw=True)
+    assert [int((~mask).sum()) for mask in step(run, [4, 8])] == [2, 4]
+    expected = masks.draw([0.5], 8, seed=7, cycle=0, micro_batch=0, fixed_among=4)
+    assert equal(step(run, [8, 8]), [expected, expected])
+
+
 def test_a_plain_step_drops_nothing_and_leaves_the_replayed_masks_alone():
     run = progress(0.9, 0.9, phases=(Phase.DROP, Phase.PLAIN, Phase.FREEZE))
     dropped, plain, replayed = (step(run, [4, 3]) for _ in range(3))
     assert [mask.tolist() for mask in plain] == [[[True] * 4] * 2, [[True] * 3] * 2]
+    assert all(mask.dtype == torch.bool for mask in plain)
     assert equal(dropped, replayed)
     assert not equal(dropped, plain)
 
@@ -152,6 +161,29 @@ def test_a_branch_learns_if_some_row_reaches_it_through_all_branches_around_it(d
         run.advance()
 
 
+def test_branches_beside_each_other_learn_by_their_own_masks():
+    for seed in range(40):
+        run = progress(0.5, 0.5, 0.0, seed=seed)
+        (keep,) = run.begin_forward(1).T
+        assert run.live().tolist() == [*keep[:2].tolist(), True]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_of_three_nested_branches_the_innermost_needs_all(order):
+    """Whichever comes first; the middle one is decided before the inner one asks it."""
+    outer, middle, inner = order
+    inside: list[int | None] = [None] * 3
+    inside[middle], inside[inner] = outer, middle
+    live = set()
+    for seed in range(40):
+        run = progress(0.5, 0.5, 0.5, inside=tuple(inside), seed=seed)
+        (keep,) = run.begin_forward(1).T
+        assert run.live()[inner] == keep.all()
+        assert run.live()[middle] == (keep[outer] and keep[middle])
+        live.add(tuple(keep.tolist()))
+    assert len(live) == 8, "every combination has occurred"
+
+
 def test_before_the_first_forward_of_a_step_everything_learns():
     """Whatever moves then was not decided by a mask."""
     run = progress(0.5, 0.5)
@@ -162,9 +194,10 @@ def test_before_the_first_forward_of_a_step_everything_learns():
 
 
 def test_masks_and_counts_live_on_the_cpu_whatever_the_default_device():
-    expected = progress(0.5, 0.0, phases=(Phase.DROP, Phase.PLAIN))
+    arguments = {"phases": (Phase.DROP, Phase.PLAIN)}
+    expected = progress(0.5, 0.0, **arguments)
     with torch.device("meta"):
-        run = progress(0.5, 0.0, phases=(Phase.DROP, Phase.PLAIN))
+        run = progress(0.5, 0.0, **arguments)
         assert run.masks.device.type == "cpu"
         assert run.masks.shape == (2, 0)
         assert run.masks.dtype == torch.bool
@@ -178,24 +211,34 @@ def test_masks_and_counts_live_on_the_cpu_whatever_the_default_device():
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
-@given(SIZES, SIZES, st.integers(0, 3), st.integers(0, 2), st.sampled_from(["bernoulli", "fixed"]))
-def test_a_loaded_run_continues_as_the_saved_one_also_between_micro_batches(sizes, more, rank, steps, sampling):
-    run = progress(0.5, 0.3, inside=(1,), sampling=sampling)
+@given(SIZES, SIZES, st.integers(0, 3), st.integers(0, 2), st.sampled_from(["bernoulli", "fixed"]), st.booleans())
+def test_a_loaded_run_continues_as_the_saved_one_also_between_micro_batches(
+    sizes, more, rank, steps, sampling, one_draw
+):
+    run = progress(0.5, 0.3, inside=(1,), sampling=sampling, one_draw=one_draw)
     for _ in range(steps):
         step(run, sizes, rank)
     for rows in more:
         run.begin_forward(rows, rank)
     state = copy.deepcopy(run.state_dict())
-    other = progress(0.5, 0.3, inside=(1,), sampling=sampling, seed=1)
+    other = progress(0.5, 0.3, inside=(1,), sampling=sampling, one_draw=one_draw, seed=1)
     step(other, [3])
     other.begin_forward(2)
-    other.load_state_dict(state, rank)
+    other.load_state_dict(state, *([rank] if rank else []))
     assert (other.seed, other.step_count, other.forwards) == (run.seed, run.step_count, run.forwards)
     assert torch.equal(other.masks, run.masks)
     assert torch.equal(other.live(), run.live())
     assert str(other.state_dict()) == str(state)
     for _ in range(3):
         assert equal(step(other, sizes, rank), step(run, sizes, rank))
+
+
+def test_a_rate_may_be_a_whole_number():
+    """`attach(rate=0)` gives rates that are no floats."""
+    run, other = progress(0, 0), progress(0, 0)
+    step(run, [2])
+    other.load_state_dict(run.state_dict())
+    assert other.step_count == 1
 
 
 def test_what_is_loaded_is_a_copy_and_forwards_of_a_loaded_state_count_for_no_gradient():

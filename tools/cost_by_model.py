@@ -1,0 +1,86 @@
+"""Model by model, the FLOPs of training with Residual DropPath, as a ratio to plain training; nothing is timed.
+
+    python tools/cost_by_model.py                    # the smallest timm model of each family, half an hour
+    python tools/cost_by_model.py --only vit swin    # families whose name begins so
+
+Row mode, constant rate 0.1, mean of DROP and FREEZE over some cycles, whole model. Models without a branch that runs on
+rows are left out: they are dense, for the reason that `print(handle)` gives (BatchNorm, mostly).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from zoo import Entry, timm_models
+
+import rdp
+from rdp.discovery.trace import tensors_in
+
+
+@dataclass
+class Args:
+    """Options."""
+
+    only: tuple[str, ...] = ()
+    """Beginnings of the names of timm families; all, if there are none."""
+    batch_size: int = 8
+    cycles: int = 3
+    rate: float = 0.1
+
+
+def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Of one forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        output = next(t for t in tensors_in(model(**inputs)) if t.requires_grad)
+        output.float().square().mean().backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def row(entry: Entry, args: Args) -> str | None:
+    """One line of the table; None if no branch runs on rows."""
+    torch.manual_seed(0)
+    model, pair = entry.build_quick()
+    inputs = {name: x.repeat_interleave(args.batch_size // 2, dim=0) for name, x in pair.items()}
+    model.train()
+    try:
+        handle = rdp.attach(model, args.rate, decay="constant", example_inputs=pair, native="off")
+    except rdp.BranchError:
+        return None
+    on_rows = [branch for branch in handle.branches if branch.compute == "rows"]
+    if not on_rows:
+        return None
+    with handle.paused():
+        plain = flops(model, inputs)
+    total = 0
+    for _ in range(2 * args.cycles):
+        total += flops(model, inputs)
+        handle.advance()
+    reasons = Counter(branch.note.removeprefix("dense: ") for branch in handle.branches if branch.compute == "dense")
+    reasons.update(f"not gated: {refusal.reason.split(';')[0]}" for refusal in handle.refused)
+    why = "; ".join(f"{number}x {reason}" for reason, number in reasons.most_common(2))
+    ratio = total / (2 * args.cycles) / plain
+    return f"| {entry.family} | {entry.name} | {len(on_rows)}/{len(handle.branches)} | {ratio:.2f} | {why} |"
+
+
+def main(args: Args) -> None:
+    """Measure and print."""
+    warnings.simplefilter("ignore")
+    chosen = [e for e in timm_models() if e.check and (not args.only or e.family.startswith(args.only))]
+    print(f"torch {torch.__version__}, timm {timm.__version__}, batch {args.batch_size}, rate {args.rate}\n")
+    print("| family | model | branches on rows | FLOPs | what stays dense, and why |\n|---|---|---:|---:|---|")
+    for entry in tqdm(chosen):
+        if (line := row(entry, args)) is not None:
+            tqdm.write(line)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
