@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rdp.branches import Branch
+from rdp.copies import Hook
 from rdp.errors import RdpWarning
-from rdp.hooks import GateHook
 from rdp.phases import Phase
 from rdp.slots import Slot, present
 
@@ -187,8 +187,8 @@ def _problems(handle: ResidualDropPath, watch: Watch, gated: list[Branch]) -> It
 
 
 def _is_gated(module: nn.Module | None, handle: ResidualDropPath) -> bool:
-    hooks = module._forward_hooks.values() if module is not None else ()
-    return any(isinstance(hook, GateHook) and hook.handle is handle for hook in hooks)
+    hooks: list[Any] = list(module._forward_hooks.values()) if module is not None else []
+    return any(isinstance(hook, Hook) and hook.handle is handle for hook in hooks)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,12 +1,8 @@
-"""The forward hooks that `attach` injects. They read the state of the handle and decide nothing.
-
-Hooks live in the model, so they are copied and pickled with it. A copy must be a plain, working model that does not
-drive the original's handle: hooks therefore turn into a function that does nothing.
-"""
+"""The forward hooks that `attach` injects. They read the state of the handle and decide nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rdp import gates, passes, traced
 from rdp.branches import Branch, GatePoint
+from rdp.copies import Hook
 from rdp.discovery.program import Program
 from rdp.discovery.trace import tensors_in
 from rdp.errors import ForwardError
@@ -24,27 +21,6 @@ from rdp.rows import BranchOnRows
 
 if TYPE_CHECKING:
     from rdp.handle import ResidualDropPath
-
-
-def inert(*args: Any) -> None:
-    """What a hook is in a copy of the model."""
-
-
-def _inert() -> Callable[..., None]:
-    return inert
-
-
-class Hook:
-    """A hook that does not outlive a copy of its model."""
-
-    def __init__(self, handle: ResidualDropPath) -> None:
-        self.handle = handle
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _inert, ()
 
 
 def install(handle: ResidualDropPath, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:

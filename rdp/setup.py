@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from rdp.branches import Branch, Refusal
+from rdp.copies import Hook
 from rdp.discovery.find import Discovery, find_branches
 from rdp.discovery.forwards import batch_size
 from rdp.discovery.program import Program
 from rdp.errors import ArgumentError, AttachError, BranchError, ForwardError, NativeDropPathError, RdpWarning
-from rdp.hooks import Hook
 from rdp.masks import branch_rates
 from rdp.native import find_native_drops
 from rdp.options import Options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -269,3 +270,29 @@ def test_a_copy_to_cuda_is_pinned_so_that_the_host_does_not_wait_for_it():
         recorder = Recorder()
         assert _sent(recorder, device) is recorder
         assert recorder.asked == asked
+
+
+def test_a_branch_that_is_called_without_its_model_warns_once_by_name_and_only_where_it_would_learn():
+    model = BlockMLP(KINDS)
+    x = model.rows(3, 0)
+    handle = rdp.attach(model, 0.5, example_inputs=x)
+    block, name = model.body[1], handle.branches[1].name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(model(x)).backward()
+        with torch.no_grad():
+            block(model.stem(x))
+        with handle.paused():
+            block(model.stem(x))
+        model.eval()
+        block(model.stem(x))
+        model.train()
+    with pytest.warns(rdp.RdpWarning) as caught:
+        block(model.stem(x))
+    assert [str(warning.message) for warning in caught] == [
+        f"branch `{name}` ran outside of a forward of the attached model, so it is trained plainly. Call the BlockMLP "
+        "itself, not its parts, or attach to the part that is called"
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(model.stem(x))

@@ -55,7 +55,7 @@ def test_of_a_fixed_number_the_rows_with_the_smallest_numbers_are_dropped(rates,
 
 @pytest.mark.parametrize(("numbers", "dropped"), [
     ([0, 0, 0, 0], [0, 1]),
-    ([2**31 + 1, 2**31, 2**31 + 2, 2**31 + 3], [1, 0]),
+    ([2**31 + 3, 2**31 + 2, 2**31 + 1, 2**31], [2, 3]),
     ([2**32 - 1, 0, 2**32 - 2, 5], [1, 3]),
 ])  # fmt: skip
 def test_of_equal_numbers_the_first_row_is_dropped_and_every_bit_counts(monkeypatch, numbers, dropped):

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=quick
 
 torch=${1:-$(sed -n 's/^dependencies = \["torch>=\(.*\)"\]$/\1/p' pyproject.toml)}
-environment=${2:-${TMPDIR:-/tmp}/rdp-torch-$torch}
+environment=${2:-$(dirname "$(mktemp -u)")/rdp-torch-$torch}
 torchvision=0.$((${torch#2.} + 15)) # released together: 2.6 and 0.21, 2.7 and 0.22, ...
 
 [ -d "$environment" ] || uv venv --quiet --no-project --python 3.11 "$environment"
