@@ -199,7 +199,7 @@ def test_a_step_leaves_no_tensor_behind(mode):
 
     def tensors() -> int:
         gc.collect()
-        return sum(isinstance(item, Tensor) for item in gc.get_objects())
+        return sum(issubclass(type(item), Tensor) for item in gc.get_objects())  # isinstance asks dead proxies too
 
     counts = []
     for _ in range(6):
