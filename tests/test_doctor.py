@@ -184,3 +184,14 @@ def test_a_rate_that_rounds_to_no_row_is_named():
     handle = CASE.attach(model, rate=0.2, mode="row", decay="linear", sampling="fixed")
     train(model, handle.wrap(sgd(model.parameters())), rows=3)
     the_problem(handle, "`layers.1`", "of 3 rows")
+
+
+def test_branches_that_ran_outside_of_a_forward_are_reported():
+    model = CASE.model()
+    handle = CASE.attach(model)
+    train(model, handle.wrap(sgd(model.parameters())))
+    with pytest.warns(rdp.RdpWarning, match="ran outside of a forward") as caught:
+        for _ in range(2):
+            model.layers[1](model.stem(model.rows(2, 0)))
+    assert len(caught) == 1, "once is enough"
+    the_problem(handle, "outside of a forward", "attach to the module that is called")
