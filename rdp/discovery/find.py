@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from rdp.branches import Branch, GatePoint, Kind, Refusal
+from rdp.branches import Branch, GatePoint, Refusal
 from rdp.discovery import forwards
+from rdp.discovery.candidates import Candidate, find_candidates
+from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
 from rdp.discovery.ownership import parameters_by_branch
 from rdp.discovery.program import NotIndependent, Program, branch_program, draws_random_numbers
-from rdp.discovery.residuals import Residual, find_residuals, without_side_inputs
+from rdp.discovery.residuals import find_residuals, without_side_inputs
 from rdp.discovery.row_axes import first_coupled, row_axis
-from rdp.discovery.seams import Seam, find_seams, parameters_after
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.verify import verify_programs
-
-_INNER_SHARE = 0.5
-"""Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
+from rdp.discovery.weightless import on_meta, weightless
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,6 @@ class Discovery:
     """The first branch whose rows come out different beside other rows, even in eval mode."""
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
-
-
-@dataclass
-class _Candidate:
-    """A branch in the making: the sums it feeds and the module outputs that would be masked."""
-
-    residuals: list[Residual]
-    seams: list[Seam]
-    path: set[int]
-    """Every value between a fork and the end of the branch."""
-    reason: str | None = None
-    """Why it cannot be gated soundly."""
-    kind: Kind = "named"
-
-    @property
-    def name(self) -> str:
-        return self.seams[-1].call.name if self.seams else ""
-
-    def encloses(self, other: _Candidate) -> bool:
-        return other is not self and any(residual.sum in self.path for residual in other.residuals)
 
 
 def find_branches(
@@ -87,19 +67,20 @@ def find_branches(
     """
     with forwards.undisturbed(model):
         pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
-        graph = Graph(Trace(model).run(*pair))
-        residuals, rejected = find_residuals(graph)
-        residuals, side_inputs = without_side_inputs(graph, residuals)
-        candidates = _candidates(graph, residuals)
-        candidates = _without_nested(graph, model, candidates)
-        candidates = _with_named(graph, candidates, named)
-        alone = Graph(Trace(model).run(*single))
+        for graph, alone in _traced(model, pair, single):
+            residuals, rejected = find_residuals(graph)
+            residuals, side_inputs = without_side_inputs(graph, residuals)
+            candidates = find_candidates(graph, model, residuals, named)
+            programs: dict[str, Program] = {}
+            reasons: dict[str, str] = {}
+            wrong: dict[str, str] = {}
+            if want_programs:
+                programs, reasons = _programs(graph, alone, model, candidates, allow_random, allow_batch_norm)
+                wrong = verify_programs(model, pair, programs)
+            if not wrong and any(candidate.reason is None for candidate in candidates):
+                break
+        reasons |= wrong
         gates = {id(c): _gate_points(graph, alone, c) for c in candidates}
-        programs: dict[str, Program] = {}
-        reasons: dict[str, str] = {}
-        if want_programs:
-            programs, reasons = _programs(graph, alone, model, candidates, allow_random, allow_batch_norm)
-            reasons |= verify_programs(model, pair, programs)
         # Branches that were verified are known to be independent.
         dense = [g for c in candidates if c.name not in programs or c.name in reasons for g in gates[id(c)]]
         coupled = first_coupled(model, pair, single, dense) if need_rows else None
@@ -118,93 +99,28 @@ def find_branches(
     )
 
 
-def _candidates(graph: Graph, residuals: list[Residual]) -> list[_Candidate]:
-    """One candidate a branch; sums fed by calls of the same modules are one branch with shared weights."""
-    groups: dict[tuple[str, ...], list[_Candidate]] = defaultdict(list)
-    for residual in residuals:
-        seams = find_seams(graph, residual)
-        path = graph.between(residual.fork, residual.branch)
-        # Parallel branches may share their first modules; what runs through them ends in another branch.
-        ends = {residual.sum} | {r.branch for r in residuals if r.fork == residual.fork and r is not residual}
-        candidate = _Candidate([residual], seams, path, _unsound(graph, residual, seams, ends), residual.kind)
-        key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}",)
-        groups[key].append(candidate)
-    merged = []
-    for group in groups.values():
-        seams = [seam for c in group for seam in c.seams]
-        reasons = [c.reason for c in group if c.reason is not None]
-        calls = {(seam.call.name, seam.call.ordinal) for seam in seams}
-        for name in sorted({seam.call.name for seam in seams}):
-            gated, made = sum(n == name for n, _ in calls), graph.trace.count[name]
-            if gated < made:
-                reasons.append(f"`{name}` is called {made} times in a forward, {gated} of them at the end of a branch")
-        merged.append(
-            _Candidate(
-                [residual for c in group for residual in c.residuals],
-                seams,
-                set().union(*(c.path for c in group)),
-                reasons[0] if reasons else None,
-                group[0].kind,
-            )
-        )
-    return merged
+def _traced(model: nn.Module, pair: Inputs, single: Inputs) -> Iterator[tuple[Graph, Graph]]:
+    """The forwards of two rows and of one row, on `meta` if that can be, and then with numbers.
 
-
-def _unsound(graph: Graph, residual: Residual, seams: list[Seam], ends: set[int]) -> str | None:
-    if not seams:
-        return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
-    if any(seam.of_block for seam in seams):
-        return None
-    late = parameters_after(graph, residual, residual.branch, seams)
-    if late:
-        before = ", ".join(f"`{seam.call.name}`" for seam in seams)
-        return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
-    for seam in seams:
-        if graph.reaches_output([seam.value], around=ends):
-            return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
-        if graph.reaches_output(graph.between(residual.fork, seam.value), around=ends):
-            return f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
-    return None
-
-
-def _without_nested(graph: Graph, model: nn.Module, candidates: list[_Candidate]) -> list[_Candidate]:
-    """Of branches inside branches keep the outer one, unless the inner ones hold most of its parameters."""
-    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
-
-    def numel(candidate: _Candidate) -> int:
-        return sum(sizes.get(name, 0) for name in graph.parameters(candidate.path))
-
-    dropped: set[int] = set()
-    for outer in reversed(candidates):  # an outer sum comes after the inner ones
-        inner = [c for c in candidates if outer.encloses(c) and id(c) not in dropped and c.reason is None]
-        if outer.reason is not None or id(outer) in dropped or not inner:
-            continue
-        if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):
-            dropped |= {id(c) for c in inner}
-        else:
-            dropped.add(id(outer))
-    return [c for c in candidates if id(c) not in dropped]
-
-
-def _with_named(graph: Graph, candidates: list[_Candidate], named: Sequence[str]) -> list[_Candidate]:
-    """Accept what the user named: a refused candidate, or else the module's output whatever becomes of it."""
-    for name in named:
-        known = next((c for c in candidates if c.name == name), None)
-        if known is not None:
-            known.reason = None
-            continue
-        calls = [call for call in graph.trace.calls if call.name == name and call.outputs]
-        if calls:
-            path = {v.index for v in graph.values if v.is_data and any(c in calls for c in graph.owners(v.index))}
-            candidates.append(_Candidate([], [Seam(call, call.outputs[0]) for call in calls], path))
-    return sorted(candidates, key=lambda c: c.seams[0].call.begin if c.seams else c.residuals[0].sum)
+    The second is for those who find the first wrong, or empty: a model may choose by the values of its inputs what it
+    does.
+    """
+    device = forwards.only_device(model)
+    if device is not None and not torch.is_autocast_enabled(device.type):  # which does nothing on `meta`
+        graphs = None
+        # Whatever cannot be done without numbers is done with them.
+        with suppress(Exception), weightless(model):
+            graphs = tuple(Graph(Trace(model).run(*on_meta(inputs))) for inputs in (pair, single))
+        if graphs is not None:
+            yield graphs[0], graphs[1]
+    yield Graph(Trace(model).run(*pair)), Graph(Trace(model).run(*single))
 
 
 def _programs(
     graph: Graph,
     single: Graph,
     model: nn.Module,
-    candidates: list[_Candidate],
+    candidates: list[Candidate],
     allow_random: bool,
     allow_batch_norm: bool,
 ) -> tuple[dict[str, Program], dict[str, str]]:
@@ -227,7 +143,7 @@ def _programs(
     return programs, reasons
 
 
-def _gate_points(graph: Graph, single: Graph, candidate: _Candidate) -> tuple[GatePoint, ...]:
+def _gate_points(graph: Graph, single: Graph, candidate: Candidate) -> tuple[GatePoint, ...]:
     twins = {(call.name, call.ordinal): call for call in single.trace.calls}
     points: dict[tuple[str, int], GatePoint] = {}
     for seam in candidate.seams:
@@ -240,20 +156,20 @@ def _gate_points(graph: Graph, single: Graph, candidate: _Candidate) -> tuple[Ga
     return tuple(points.values())
 
 
-def _owner(graph: Graph, candidate: _Candidate) -> Call | None:
+def _owner(graph: Graph, candidate: Candidate) -> Call | None:
     if candidate.residuals:
         return graph.values[candidate.residuals[0].sum].owner
     return candidate.seams[0].call.parent
 
 
-def _block(graph: Graph, candidate: _Candidate) -> str:
+def _block(graph: Graph, candidate: Candidate) -> str:
     owner = _owner(graph, candidate)
     return owner.name if owner is not None else ""
 
 
 def _branches(
     graph: Graph,
-    accepted: list[_Candidate],
+    accepted: list[Candidate],
     points: list[tuple[GatePoint, ...]],
     dense: Mapping[str, str],
 ) -> tuple[Branch, ...]:
@@ -283,17 +199,17 @@ def _branches(
     return tuple(branches)
 
 
-def _ends(candidate: _Candidate) -> list[tuple[int | None, int]]:
+def _ends(candidate: Candidate) -> list[tuple[int | None, int]]:
     """The sums that take in the branch, each with the value that it takes in; None where the sum is not known."""
     return [(r.sum, r.branch) for r in candidate.residuals] or [(None, seam.value) for seam in candidate.seams]
 
 
-def _innermost(inside: list[int], accepted: list[_Candidate]) -> list[int]:
+def _innermost(inside: list[int], accepted: list[Candidate]) -> list[int]:
     """Of the candidates `inside` which something lies, those that enclose none of the others."""
     return [i for i in inside if not any(accepted[i].encloses(accepted[j]) for j in inside)]
 
 
-def _rate_group(graph: Graph, candidate: _Candidate) -> str:
+def _rate_group(graph: Graph, candidate: Candidate) -> str:
     """What shares a drop rate: the adding module or, where it loops over a list of modules, the item of that list."""
     owner = _owner(graph, candidate)
     prefix = f"{owner.name}." if owner is not None and owner.name else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -55,6 +55,21 @@ def _own_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device.index or 0 for device in devices])
 
 
+def only_device(model: nn.Module) -> torch.device | None:
+    """The device of a model that is nothing but ordinary tensors with numbers, all on one device; None for others.
+
+    Those (sharded, offloaded, quantized, scripted) run code of their own around their modules.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return None
+    device = devices.pop()
+    return None if device.type == "meta" else device
+
+
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The length of the first axis of the first input tensor that has one."""
     return next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), None)
@@ -74,7 +89,7 @@ def take_rows(inputs: Inputs, rows: int) -> Inputs:
     return cut_inputs
 
 
-def observe(model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> dict[str, list[Tensor]]:
+def observe(model: nn.Module, inputs: Inputs, modules: Collection[str]) -> dict[str, list[Tensor]]:
     """The output tensors of the named modules in one forward without gradients."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -87,9 +102,34 @@ def observe(model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> dict[st
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
-        with torch.no_grad():
-            model(*inputs[0], **inputs[1])
+        run_until(lambda: len(seen) == len(modules), model, inputs, modules)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+class _Enough(BaseException):
+    """Ends a forward of which enough was seen; no `Exception`, which a model might handle."""
+
+
+def run_until(finished: Callable[[], bool], model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> None:
+    """A forward without gradients that ends when one of the named modules has run and `finished()` is true.
+
+    Models that run code of their own around their modules, which may wait for the end, run to their end.
+    """
+
+    def stop(*_: Any) -> None:
+        if finished():
+            raise _Enough
+
+    ordinary = only_device(model) is not None
+    hooks = [model.get_submodule(name).register_forward_hook(stop) for name in modules if ordinary]
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()

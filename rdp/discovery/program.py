@@ -54,6 +54,7 @@ class Program:
         shape: Of x, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
         batch_norm: Is there a batch normalisation, whose statistics are then those of the rows that run together?
+        kind: The functions that were called, in its modules too, and the classes of these.
     """
 
     fork: int
@@ -63,6 +64,7 @@ class Program:
     shape: tuple[int, ...]
     result_leaf: int
     batch_norm: bool = False
+    kind: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def entry(self) -> str:
@@ -129,7 +131,14 @@ def branch_program(
     if axes[residual.fork].fold > 1 or axes[seam.value].fold > 1:
         raise NotIndependent("tokens are folded into the batch")
     shape, result_leaf = graph.values[residual.fork].shape, seam.call.outputs.index(seam.value)
-    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm)
+    kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, steps))
+    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm, kind)
+
+
+def _classes(model: nn.Module, steps: list[Step]) -> list[str]:
+    called = [model.get_submodule(step.target) for step in steps if isinstance(step.target, str)]
+    kinds = [type(inner) for module in called for inner in module.modules()]
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
 def _check_chain(steps: list[Step], fork: int, path: set[int]) -> None:

@@ -7,13 +7,14 @@ the rows, must reproduce the model's own output.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rdp.discovery.forwards import Inputs, as_in_training, observe
+from rdp.discovery.forwards import Inputs, as_in_training, observe, run_until
 from rdp.discovery.program import Program, draws_random_numbers
 from rdp.discovery.trace import tensors_in
 from rdp.gates import replace_leaf
@@ -24,7 +25,10 @@ _HALF_TOLERANCE = 5e-2
 
 
 def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Program]) -> dict[str, str]:
-    """Run every branch on the second row in the model's own forward, and on the first by its program.
+    """Run a branch of each kind on the second row in the model's own forward, and on the first by its program.
+
+    Branches of one kind are the same functions, called by modules of the same classes: the first stands for all. The
+    forward ends when each kind has been seen, which in most models is soon.
 
     Args:
         model: In eval mode.
@@ -38,14 +42,17 @@ def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Progr
         return dict.fromkeys(programs, "not verified on meta tensors")
     # Training mode shows also the code that only runs there; but where random numbers are drawn, nothing could be
     # compared in it.
-    random = {name: program for name, program in programs.items() if draws_random_numbers(model, program)}
+    kinds: dict[tuple[bool, tuple[str, ...]], list[str]] = defaultdict(list)
+    for name, program in programs.items():
+        kinds[draws_random_numbers(model, program), program.kind].append(name)
+    random = {names[0]: programs[names[0]] for (draws, _), names in kinds.items() if draws}
     failed = _verify(model, pair, random, observe(model, pair, random)) if random else {}
-    if exact := {name: program for name, program in programs.items() if name not in random}:
+    if exact := {names[0]: programs[names[0]] for (draws, _), names in kinds.items() if not draws}:
         with as_in_training(model):
             expected = observe(model, pair, exact)
         with as_in_training(model):
             failed |= _verify(model, pair, exact, expected)
-    return failed
+    return {name: failed[names[0]] for names in kinds.values() if names[0] in failed for name in names}
 
 
 def _verify(
@@ -58,12 +65,8 @@ def _verify(
             failed |= _run(model, pair, remaining, expected, entered)
             break
         except Exception as error:
-            if not entered:
-                return dict.fromkeys(programs, f"a forward on some rows raised {type(error).__name__}")
-            # The same code fails in every block: do not try it again in each.
-            kind = _kind(model, programs[entered[-1]])
-            alike = [name for name, program in remaining.items() if _kind(model, program) == kind]
-            failed |= dict.fromkeys(alike, f"a forward on some rows raised {type(error).__name__}")
+            culprits = entered[-1:] or remaining
+            failed |= dict.fromkeys(culprits, f"a forward on some rows raised {type(error).__name__}")
     return failed
 
 
@@ -75,6 +78,7 @@ def _run(
     entered: list[str],
 ) -> dict[str, str]:
     different: dict[str, str] = {}
+    seen: set[str] = set()
     hooks = []
 
     def check(name: str, program: Program) -> None:
@@ -96,12 +100,14 @@ def _run(
                 return None
             if not branch.passing:
                 different[name] = "it is called otherwise than when it was traced"
+                seen.add(name)
                 return None
             leaf = program.result_leaf
             found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
             if not _close(found, wanted):
                 different[name] = "its rows influence each other"
             entered.remove(name)
+            seen.add(name)
             # What follows is checked against the plain forward again, not against this one's rounding errors.
             return replace_leaf(output, leaf, wanted.clone())
 
@@ -114,8 +120,7 @@ def _run(
     try:
         for name, program in programs.items():
             check(name, program)
-        with torch.no_grad():
-            model(*pair[0], **pair[1])
+        run_until(lambda: len(seen) == len(programs), model, pair, programs)
     finally:
         for handle in hooks:
             handle.remove()
@@ -127,10 +132,3 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
         return False
     error = (found.double() - wanted.double()).abs().max()
     return bool(error <= _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE) * wanted.double().abs().max() + 1e-12)
-
-
-def _kind(model: nn.Module, program: Program) -> tuple[str, ...]:
-    targets = (step.target for step in program.steps)
-    return tuple(
-        type(model.get_submodule(t)).__name__ if isinstance(t, str) else getattr(t, "__name__", "") for t in targets
-    )

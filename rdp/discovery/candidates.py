@@ -1,0 +1,133 @@
+"""From residual sums to candidates for branches: grouped where modules are shared, refused where gating is unsound."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rdp.branches import Kind
+from rdp.discovery.graph import Graph
+from rdp.discovery.residuals import Residual
+from rdp.discovery.seams import Seam, find_seams, parameters_after
+
+_INNER_SHARE = 0.5
+"""Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
+
+
+@dataclass
+class Candidate:
+    """A branch in the making: the sums it feeds and the module outputs that would be masked."""
+
+    residuals: list[Residual]
+    seams: list[Seam]
+    path: set[int]
+    """Every value between a fork and the end of the branch."""
+    reason: str | None = None
+    """Why it cannot be gated soundly."""
+    kind: Kind = "named"
+
+    @property
+    def name(self) -> str:
+        """The last of the modules that are masked; "" if there is none."""
+        return self.seams[-1].call.name if self.seams else ""
+
+    def encloses(self, other: Candidate) -> bool:
+        """Do sums that the other one feeds lie on this branch?"""
+        return other is not self and any(residual.sum in self.path for residual in other.residuals)
+
+
+def find_candidates(graph: Graph, model: nn.Module, residuals: list[Residual], named: Sequence[str]) -> list[Candidate]:
+    """The candidates of all residual sums, in forward order, and the modules that the user has named.
+
+    Args:
+        graph: The traced forward.
+        model: The traced model.
+        residuals: Its residual sums.
+        named: Modules to gate although they were not found, or refused.
+    """
+    return _with_named(graph, _without_nested(graph, model, _candidates(graph, residuals)), named)
+
+
+def _candidates(graph: Graph, residuals: list[Residual]) -> list[Candidate]:
+    """One candidate a branch; sums fed by calls of the same modules are one branch with shared weights."""
+    groups: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
+    for residual in residuals:
+        seams = find_seams(graph, residual)
+        path = graph.between(residual.fork, residual.branch)
+        # Parallel branches may share their first modules; what runs through them ends in another branch.
+        ends = {residual.sum} | {r.branch for r in residuals if r.fork == residual.fork and r is not residual}
+        candidate = Candidate([residual], seams, path, _unsound(graph, residual, seams, ends), residual.kind)
+        key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}",)
+        groups[key].append(candidate)
+    merged = []
+    for group in groups.values():
+        seams = [seam for c in group for seam in c.seams]
+        reasons = [c.reason for c in group if c.reason is not None]
+        calls = {(seam.call.name, seam.call.ordinal) for seam in seams}
+        for name in sorted({seam.call.name for seam in seams}):
+            gated, made = sum(n == name for n, _ in calls), graph.trace.count[name]
+            if gated < made:
+                reasons.append(f"`{name}` is called {made} times in a forward, {gated} of them at the end of a branch")
+        merged.append(
+            Candidate(
+                [residual for c in group for residual in c.residuals],
+                seams,
+                set().union(*(c.path for c in group)),
+                reasons[0] if reasons else None,
+                group[0].kind,
+            )
+        )
+    return merged
+
+
+def _unsound(graph: Graph, residual: Residual, seams: list[Seam], ends: set[int]) -> str | None:
+    if not seams:
+        return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
+    if any(seam.of_block for seam in seams):
+        return None
+    late = parameters_after(graph, residual, residual.branch, seams)
+    if late:
+        before = ", ".join(f"`{seam.call.name}`" for seam in seams)
+        return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
+    for seam in seams:
+        if graph.reaches_output([seam.value], around=ends):
+            return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
+        if graph.reaches_output(graph.between(residual.fork, seam.value), around=ends):
+            return f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
+    return None
+
+
+def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
+    """Of branches inside branches keep the outer one, unless the inner ones hold most of its parameters."""
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def numel(candidate: Candidate) -> int:
+        return sum(sizes.get(name, 0) for name in graph.parameters(candidate.path))
+
+    dropped: set[int] = set()
+    for outer in reversed(candidates):  # an outer sum comes after the inner ones
+        inner = [c for c in candidates if outer.encloses(c) and id(c) not in dropped and c.reason is None]
+        if outer.reason is not None or id(outer) in dropped or not inner:
+            continue
+        if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):
+            dropped |= {id(c) for c in inner}
+        else:
+            dropped.add(id(outer))
+    return [c for c in candidates if id(c) not in dropped]
+
+
+def _with_named(graph: Graph, candidates: list[Candidate], named: Sequence[str]) -> list[Candidate]:
+    """Accept what the user named: a refused candidate, or else the module's output whatever becomes of it."""
+    for name in named:
+        known = next((c for c in candidates if c.name == name), None)
+        if known is not None:
+            known.reason = None
+            continue
+        calls = [call for call in graph.trace.calls if call.name == name and call.outputs]
+        if calls:
+            path = {v.index for v in graph.values if v.is_data and any(c in calls for c in graph.owners(v.index))}
+            candidates.append(Candidate([], [Seam(call, call.outputs[0]) for call in calls], path))
+    return sorted(candidates, key=lambda c: c.seams[0].call.begin if c.seams else c.residuals[0].sum)

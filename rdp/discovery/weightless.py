@@ -1,0 +1,70 @@
+"""A model without numbers: parameters and buffers on the `meta` device for as long as it is looked at.
+
+Functions and shapes are all that a trace records. On `meta` they cost next to nothing, however large the model is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from rdp.discovery.forwards import Inputs
+from rdp.discovery.trace import tensors_in
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def on_meta(inputs: Inputs) -> Inputs:
+    """The same inputs without numbers.
+
+    Raises:
+        ValueError: If some are held by objects of unknown kinds.
+    """
+    moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+    if not all(tensor.is_meta for tensor in tensors_in(moved)):
+        raise ValueError("an input tensor cannot be moved")
+    return moved
+
+
+@contextmanager
+def weightless(model: nn.Module) -> Iterator[None]:
+    """Hold parameters and buffers on `meta`, and take back whatever forwards leave in the modules."""
+    before = [(module, _contents(module)) for module in model.modules()]
+    stand_ins: dict[int, Tensor] = {}  # shared tensors stay shared
+    try:
+        for module, _ in before:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    stand_in = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                    module._parameters[name] = stand_ins.setdefault(id(parameter), stand_in)  # type: ignore[assignment]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = stand_ins.setdefault(id(buffer), buffer.detach().to("meta"))
+        yield
+    finally:
+        for module, contents in before:
+            _put_back(module, contents)
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute with a copy of it, where it is a container that a forward may fill: a cache, say."""
+    return {
+        name: (value, copy.copy(value) if type(value) in _CONTAINERS else None) for name, value in vars(module).items()
+    }
+
+
+def _put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+    attributes = vars(module)
+    for name in attributes.keys() - contents.keys():
+        del attributes[name]
+    for name, (value, items) in contents.items():
+        attributes[name] = value
+        if items is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(items)

@@ -1,0 +1,248 @@
+"""Models are traced on `meta` first: what is found is the same, nothing of it stays, and numbers decide in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rdp
+from rdp.discovery import forwards
+from rdp.discovery.find import Discovery, find_branches
+from rdp.discovery.weightless import weightless
+from tests.models.test_branches import CASES, inputs
+
+WIDTH = 8
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+def found(model: nn.Module, *rows: Tensor, **options: Any) -> Discovery:
+    return find_branches(model, rows, {}, want_programs=True, **options)
+
+
+@pytest.fixture
+def with_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwards, "only_device", lambda model: None)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_same_is_found_as_with_numbers(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = case.model(), inputs(case)
+    first = found(model, batch)
+    monkeypatch.setattr(forwards, "only_device", lambda model: None)
+    second = found(model, batch)
+    assert (first.branches, first.refused, first.additions) == (second.branches, second.refused, second.additions)
+    assert first.programs.keys() == second.programs.keys()
+
+
+class Deep(nn.Module):
+    """Counts the calls of its blocks, the rows of which are numbers."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.calls = [0] * len(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, module in enumerate(self.blocks):
+            self.calls[i] += not x.is_meta
+            x = x + module(x)
+        return x
+
+
+def test_a_deep_model_computes_its_first_block_only() -> None:
+    model = Deep([block() for _ in range(20)])
+    assert len(found(model, torch.randn(4, WIDTH)).programs) == 20
+    assert model.calls == [2] + 19 * [0]
+
+
+@pytest.mark.usefixtures("with_numbers_only")
+def test_a_model_with_code_around_its_modules_runs_to_its_end() -> None:
+    model = Deep([block() for _ in range(3)])
+    assert len(found(model, torch.randn(4, WIDTH)).programs) == 3
+    assert model.calls == [4, 4, 4]
+
+
+class Sometimes(nn.Module):
+    """Couples its rows or not: one class, but not one kind of branch."""
+
+    def __init__(self, coupled: bool) -> None:
+        super().__init__()
+        self.linear, self.coupled = nn.Linear(WIDTH, WIDTH), coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x - x.mean(0) if self.coupled else x)
+
+
+@pytest.mark.filterwarnings("ignore:the rows of a batch influence")
+def test_branches_of_one_class_that_compute_differently_are_verified_one_by_one() -> None:
+    model = Deep([Sometimes(False), Sometimes(True), Sometimes(False)])
+    assert sorted(found(model, torch.randn(4, WIDTH)).programs) == ["blocks.0", "blocks.2"]
+
+
+class Caching(nn.Module):
+    """Keeps tensors where no state_dict sees them, as position tables and attention biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.tied = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.tied.weight = self.f.weight
+        self.register_buffer("table", None)
+        self.scale: Tensor | None = None
+        self.by_size: dict[int, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones_like(self.f.bias)
+        if self.scale is None:
+            self.scale = self.f.bias.new_ones(())
+        self.by_size.setdefault(x.shape[1], torch.ones_like(x[0]))
+        self.seen.append(x)
+        self.late = x
+        return x + self.f(self.tied(x * self.table * self.scale * self.by_size[x.shape[1]]))
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+def test_whatever_a_forward_without_numbers_leaves_is_taken_back(error: type[BaseException] | None) -> None:
+    model = Caching()
+    parameters, containers = dict(model.named_parameters()), (model.by_size, model.seen, model._parameters)
+    attributes = set(vars(model))
+    try:
+        with weightless(model):
+            assert all(p.is_meta for p in model.parameters())
+            assert model.tied.weight is model.f.weight
+            model(torch.ones(2, WIDTH, device="meta"))
+            assert model.table.is_meta
+            if error is not None:
+                raise error
+    except (KeyError, KeyboardInterrupt):
+        pass
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert model.tied.weight is model.f.weight
+    assert (model.table, model.scale, model.by_size, model.seen) == (None, None, {}, [])
+    assert all(a is b for a, b in zip(containers, (model.by_size, model.seen, model._parameters), strict=True))
+    assert set(vars(model)) == attributes
+
+
+def test_a_model_that_keeps_tensors_trains_after_it_was_searched() -> None:
+    model = Caching()
+    assert found(model, torch.randn(4, WIDTH)).branches
+    model(torch.randn(4, WIDTH)).sum().backward()
+    assert model.f.weight.grad is not None
+
+
+class ByValue(nn.Module):
+    """Asks for a number, which no tensor on `meta` has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) if x.isfinite().all() else x
+
+
+def test_a_model_that_asks_for_numbers_is_traced_with_numbers() -> None:
+    discovery = found(ByValue(), torch.randn(4, WIDTH))
+    assert [branch.name for branch in discovery.branches] == list(discovery.programs) == ["f"]
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.linear(x if bias is None else x + bias)
+
+
+class OtherwiseOnMeta(nn.Module):
+    """Leaves an argument out unless it sees that it does nothing, as models do with attention masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.bias = Attend(), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x, self.bias if x.is_meta else None)
+
+
+def test_a_model_that_does_something_else_on_meta_is_traced_with_numbers() -> None:
+    model = OtherwiseOnMeta()
+    discovery = found(model, torch.randn(4, WIDTH))
+    assert list(discovery.programs) == ["f"]
+    assert discovery.branches[0].parameters == ("f.linear.weight", "f.linear.bias")
+
+
+class NothingOnMeta(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if x.is_meta else x + self.f(x)
+
+
+def test_a_model_without_branches_on_meta_is_traced_with_numbers() -> None:
+    assert list(found(NothingOnMeta(), torch.randn(4, WIDTH)).programs) == ["f"]
+
+
+class MakesATable(nn.Module):
+    """The adding module makes a tensor on the device of its input, between two modules of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return x + self.last(h + torch.arange(WIDTH, device=x.device, dtype=x.dtype))
+
+
+def test_no_device_of_the_trace_is_left_in_what_runs_on_rows() -> None:
+    torch.manual_seed(0)
+    model, x = MakesATable(), torch.randn(4, WIDTH)
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=x, seed=4)
+    assert [branch.compute for branch in handle.branches] == ["rows"]
+    y = model(x)
+    dropped = ~handle.masks[0]
+    assert dropped.any()
+    assert not dropped.all()
+    torch.testing.assert_close(y[dropped], x[dropped])
+    assert (y[~dropped] - x[~dropped]).abs().min() > 0
+
+
+def test_autocast_is_searched_with_numbers_since_it_does_nothing_on_meta() -> None:
+    model = Deep([block() for _ in range(3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(found(model, torch.randn(4, WIDTH)).programs) == 3
+    assert model.calls[-1] == 2
+
+
+class Stubborn(nn.Module):
+    """Goes on whatever happens inside of its first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = block(), nn.Linear(WIDTH, WIDTH)
+        self.went_on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = x + self.f(x)
+        except Exception:
+            self.went_on = True
+        return self.g(x)
+
+
+def test_the_early_end_of_a_forward_is_no_error_that_a_model_could_handle() -> None:
+    model = Stubborn()
+    assert list(found(model, torch.randn(4, WIDTH)).programs) == ["f"]
+    assert not model.went_on
