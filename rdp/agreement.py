@@ -26,21 +26,22 @@ class Agreement:
     def __init__(self, ranks: Ranks, facts: Callable[[], Mapping[str, object]]) -> None:
         self.ranks = ranks
         self.several = False
+        self.join_config: Any = None
+        """What `Join` has told the handle; None outside of it."""
         self.live: Tensor | None = None
         """Bool `Tensor[branches]`; None before the ranks have agreed, or where there is but one."""
         self._facts = facts
         self._questions: list[Question] = []
 
-    def forward_begins(self, joinable: Any, live: Callable[[], Tensor]) -> None:
-        """Ask, if `joinable` is in a `Join` context.
+    def forward_begins(self, live: Callable[[], Tensor]) -> None:
+        """Ask, if the handle is in a `Join` context.
 
         Raises:
             RankError: If it is the first there, and so would have to speak up before the model does.
         """
         self.several = self.ranks.size > 1
-        config = getattr(joinable, "_join_config", None)  # set by Join
-        if self.several and config is not None and config.enable:
-            if config.is_first_joinable:
+        if self.several and self.join_config is not None and self.join_config.enable:
+            if self.join_config.is_first_joinable:
                 raise RankError("the handle is first in Join([...]); list the model first: Join([ddp_model, handle])")
             self._questions.append(self.ranks.ask(live(), self._facts()))
 

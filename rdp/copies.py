@@ -1,7 +1,7 @@
 """What becomes of hooks in a copy of the model.
 
 Hooks live in the model, so they are copied and pickled with it. A copy must be a plain, working model that does not
-drive the original's handle: hooks therefore turn into a function that does nothing.
+drive the original's run: hooks therefore turn into a function that does nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rdp.handle import ResidualDropPath
+    from rdp.run import Run
 
 
 def inert(*args: Any) -> None:
@@ -24,8 +24,8 @@ def _inert() -> Callable[..., None]:
 class Hook:
     """A hook that does not outlive a copy of its model."""
 
-    def __init__(self, handle: ResidualDropPath) -> None:
-        self.handle = handle
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert

@@ -128,13 +128,13 @@ class Watch:
 
 def check(handle: ResidualDropPath) -> Checkup:
     """Examine a handle and its model; see `ResidualDropPath.check`."""
-    watch, branches = handle._watch, handle.branches
+    watch, branches = handle._run.watch, handle.branches
     gated = [b for b in branches if b.rate > 0]
     refused = f", {len(handle.refused)} sums not gated" if handle.refused else ""
     facts = (
         f"{type(handle.model).__name__}: {len(gated)} gated branches of {len(branches)}{refused}",
         f"{watch.forwards} training forwards, {handle.step_count} steps; the phase is {handle.phase.name}",
-        f"{len(handle._optimizers)} wrapped optimizers, {len(handle.frozen)} parameters frozen in this step",
+        f"{len(handle._run.optimizers)} wrapped optimizers, {len(handle.frozen)} parameters frozen in this step",
     )
     return Checkup(facts, tuple(_problems(handle, watch, gated)))
 
@@ -153,13 +153,13 @@ def _problems(handle: ResidualDropPath, watch: Watch, gated: list[Branch]) -> It
     unreached = [b.name for i, b in enumerate(handle.branches) if b.rate > 0 and i not in watch.reached]
     if watch.forwards and unreached and not watch.compiled:
         yield (f"{_listed(unreached)} was never reached by a training forward: the model does not call it any more")
-    if not handle._optimizers:
+    if not handle._run.optimizers:
         yield (
             "no optimizer is wrapped: frozen parameters drift with momentum and weight decay, and phases alternate "
             "only where handle.advance() is called. Use optimizer = handle.wrap(optimizer)"
         )
     else:
-        held = {id(p) for o in handle._optimizers for group in o.param_groups for p in group["params"]}
+        held = {id(p) for o in handle._run.optimizers for group in o.param_groups for p in group["params"]}
         parameters = dict(handle.model.named_parameters(remove_duplicate=False))
         names = (name for branch in gated for name in branch.parameters)
         loose = [
@@ -188,7 +188,7 @@ def _problems(handle: ResidualDropPath, watch: Watch, gated: list[Branch]) -> It
 
 def _is_gated(module: nn.Module | None, handle: ResidualDropPath) -> bool:
     hooks: list[Any] = list(module._forward_hooks.values()) if module is not None else []
-    return any(isinstance(hook, Hook) and hook.handle is handle for hook in hooks)
+    return any(isinstance(hook, Hook) and hook.run is handle._run for hook in hooks)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ class ArgumentError(RdpError, ValueError):
 
 
 class AttachError(RdpError, RuntimeError):
-    """The model as it is cannot be attached to: attached already, scripted, or wrapped in DataParallel."""
+    """The model cannot be attached to (attached already, scripted, in DataParallel), or is not attached any more."""
 
 
 class NativeDropPathError(AttachError):

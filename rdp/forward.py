@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from rdp.errors import ForwardError
@@ -27,6 +30,7 @@ class Forward:
         self.masks = masks
         self.first_node = 0
         self.last_node: int | None = None
+        self._handled = id(sys.exception())  # a reference would keep all the tensors of its traceback
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}
         self._kept: list[int] = []
 
@@ -34,6 +38,10 @@ class Forward:
     def rows(self) -> int:
         """The number of rows of the batch."""
         return self.masks.shape[1]
+
+    def has_raised(self) -> bool:
+        """Asked at its end: does it end with an exception, and not in the midst of handling one from before?"""
+        return sys.exception() is not None and id(sys.exception()) != self._handled
 
     def keep(self, branch: int, device: torch.device) -> Tensor:
         """The mask of a branch, bool `Tensor[rows]` on `device`; all branches are copied at the first request."""
@@ -61,6 +69,16 @@ class Forward:
         return Split(order[:kept], order[kept:])
 
 
+class _Stack(threading.local):
+    """The calls of the model that a thread is in; None stands for one that is not gated. A copy is empty."""
+
+    def __init__(self) -> None:
+        self.calls: list[Forward | None] = []
+
+    def __reduce__(self) -> tuple[type[_Stack], tuple[()]]:
+        return _Stack, ()
+
+
 class Forwards:
     """The forwards of the current step: the one that runs now, and those whose backward may still recompute parts.
 
@@ -70,15 +88,33 @@ class Forwards:
     """
 
     def __init__(self) -> None:
-        self.running: list[Forward | None] = []  # a stack; None is a forward that is not gated
+        self._stack = _Stack()
         self._past: list[Forward] = []
         self._recomputed: Forward | None = None
+
+    @property
+    def running(self) -> list[Forward | None]:
+        """The calls of the model that this thread is in, the innermost last; None is one that is not gated."""
+        return self._stack.calls
 
     def begin(self, forward: Forward | None) -> None:
         """The model has been called."""
         if forward is not None and forward.last_node is None and not torch.compiler.is_compiling():
             forward.first_node = _next_node()
         self.running.append(forward)
+
+    def forget_interrupted(self, calls: int) -> list[Forward]:
+        """Forget what never ended: where KeyboardInterrupt ends a forward, no hook is called.
+
+        Args:
+            calls: How many calls of the model are running.
+
+        Returns:
+            The forwards that were interrupted.
+        """
+        interrupted = self.running[: len(self.running) - calls]
+        del self.running[: len(interrupted)]
+        return [forward for forward in interrupted if forward is not None]
 
     def begin_recomputed(self) -> None:
         """The model has been called by a checkpoint that recomputes the whole of it."""
@@ -138,6 +174,15 @@ def in_reentrant_checkpoint() -> bool:
     """Is a checkpoint with use_reentrant=True being recomputed? Its first run had no graph, but this one needs one."""
     node: Node | None = torch._C._current_autograd_node()
     return node is not None and "Checkpoint" in node.name()
+
+
+def calls_running(module: nn.Module) -> int:
+    """How many calls of `module` this thread is in."""
+    frame, calls = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+    return calls
 
 
 def _next_node() -> int:

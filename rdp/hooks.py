@@ -1,8 +1,8 @@
-"""The forward hooks that `attach` injects. They read the state of the handle and decide nothing."""
+"""The forward hooks that `attach` injects. They read the state of the run and decide nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,41 +20,50 @@ from rdp.phases import Phase
 from rdp.rows import BranchOnRows
 
 if TYPE_CHECKING:
-    from rdp.handle import ResidualDropPath
+    from rdp.run import Run
 
 
-def install(handle: ResidualDropPath, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
+def install(run: Run, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
     """Hook a branch.
 
     Args:
-        handle: Owner of the state.
+        run: That of the model.
         index: Of the branch among those of the handle.
         branch: The branch.
         program: The same, if it is to run on some of the rows.
     """
-    model = handle.model
+    model = run.model
     on_rows = BranchOnRows(model, program) if program is not None else None
     if program is not None and on_rows is not None:
         entry = model.get_submodule(program.entry)
-        yield entry.register_forward_pre_hook(EntryHook(handle, index, on_rows), with_kwargs=True, prepend=True)
+        yield entry.register_forward_pre_hook(EntryHook(run, index, on_rows), with_kwargs=True, prepend=True)
         for name in program.later_modules:
-            later = LaterHook(handle, name, on_rows)
+            later = LaterHook(run, name, on_rows)
             yield model.get_submodule(name).register_forward_pre_hook(later, with_kwargs=True)
-    keep_prob = 1 - branch.rate if handle.options.scale_by_keep else None
+    keep_prob = 1 - branch.rate if run.options.scale_by_keep else None
     for point in branch.gates:
-        gate = GateHook(handle, index, point, keep_prob, on_rows)
+        gate = GateHook(run, index, point, keep_prob, on_rows)
         yield model.get_submodule(point.module).register_forward_hook(gate)
 
 
 class BeginHook(Hook):
-    """Forward pre-hook of the model: masks are decided here, once, for all branches."""
+    """Forward pre-hook of the model: masks are decided here, once, for all branches.
+
+    Args:
+        run: That of the model.
+        discover: Called with the arguments of the first training forward, if the branches are not known by then.
+    """
+
+    def __init__(self, run: Run, discover: Callable[..., None]) -> None:
+        super().__init__(run)
+        self.discover = discover
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Start a forward."""
         if torch.compiler.is_compiling():
-            traced.begin(self.handle, args, kwargs)
+            traced.begin(self.run, args, kwargs)
         else:
-            traced.uncompiled(passes.begin, self.handle, module, args, kwargs)
+            traced.uncompiled(passes.begin, self.run, self.discover, module, args, kwargs)
 
 
 class EndHook(Hook):
@@ -63,22 +72,22 @@ class EndHook(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """End a forward."""
         if torch.compiler.is_compiling():
-            self.handle._traced_masks = None
+            self.run.traced_masks = None
             return None
-        return traced.uncompiled(passes.end, self.handle, output)
+        return traced.uncompiled(passes.end, self.run, output)
 
 
 class EntryHook(Hook):
     """Forward pre-hook of the first module of a branch that runs on some of the rows.
 
     Args:
-        handle: Owner of the state.
+        run: That of the model.
         branch: Index of the branch.
         on_rows: The branch.
     """
 
-    def __init__(self, handle: ResidualDropPath, branch: int, on_rows: BranchOnRows) -> None:
-        super().__init__(handle)
+    def __init__(self, run: Run, branch: int, on_rows: BranchOnRows) -> None:
+        super().__init__(run)
         self.branch = branch
         self.on_rows = on_rows
 
@@ -87,12 +96,12 @@ class EntryHook(Hook):
         if torch.compiler.is_compiling() or self.on_rows.replaying:
             return None
         self.on_rows.forget()
-        forward = self.handle._forwards.current()
+        forward = self.run.current_forward()
         if forward is None or forward.phase is Phase.PLAIN:
             return None
         freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
         kept, rows = forward.kept(self.branch), forward.rows
-        if kept == rows or rows == 1 or (kept == 0 and (freeze or not passes.may_leave_no_graph(self.handle))):
+        if kept == rows or rows == 1 or (kept == 0 and (freeze or not passes.may_leave_no_graph(self.run))):
             return None
         if program.batch_norm and (kept < 2 or rows - kept < 2):
             return None  # of a single row there may be no statistics
@@ -105,13 +114,13 @@ class LaterHook(Hook):
     """Forward pre-hook of a later module of such a branch.
 
     Args:
-        handle: Owner of the state.
+        run: That of the model.
         name: Qualified name of the module.
         on_rows: The branch.
     """
 
-    def __init__(self, handle: ResidualDropPath, name: str, on_rows: BranchOnRows) -> None:
-        super().__init__(handle)
+    def __init__(self, run: Run, name: str, on_rows: BranchOnRows) -> None:
+        super().__init__(run)
         self.name = name
         self.on_rows = on_rows
 
@@ -119,6 +128,8 @@ class LaterHook(Hook):
         """Cut the arguments from outside to the rows that the branch was entered with."""
         if torch.compiler.is_compiling() or self.on_rows.replaying or not self.on_rows.passing:
             return None
+        if self.run.current_forward() is None:
+            return None  # what was entered is left from a forward that raised
         return self.on_rows.later(self.name, args, kwargs)
 
 
@@ -126,7 +137,7 @@ class GateHook(Hook):
     """Forward hook of a module that ends a branch.
 
     Args:
-        handle: Owner of the state.
+        run: That of the model.
         branch: Index of the branch.
         point: Which output tensor is masked, and along which axis.
         keep_prob: With `scale_by_keep`, what undropped rows are divided by in DROP.
@@ -135,13 +146,13 @@ class GateHook(Hook):
 
     def __init__(
         self,
-        handle: ResidualDropPath,
+        run: Run,
         branch: int,
         point: GatePoint,
         keep_prob: float | None,
         on_rows: BranchOnRows | None = None,
     ) -> None:
-        super().__init__(handle)
+        super().__init__(run)
         self.branch = branch
         self.point = point
         self.keep_prob = keep_prob
@@ -153,15 +164,15 @@ class GateHook(Hook):
             return self._gate_traced(args, output)
         if self.on_rows is not None and self.on_rows.replaying:
             return None
-        forward = self.handle._forwards.current()
+        forward = self.run.current_forward()
         if forward is None:
             self._warn_if_stray(module)
             return None
         if not self._gates_in(forward.phase):
             return None
-        self.handle._watch.reached.add(self.branch)
+        self.run.watch.reached.add(self.branch)
         x, source = self._tensors(args, output)
-        if self.handle.options.mode == "row" and hasattr(x, "_local_tensor"):
+        if self.run.options.mode == "row" and hasattr(x, "_local_tensor"):
             raise ForwardError(
                 f"the output of `{self.point.module}` is a DTensor, whose rows cannot be masked. Attach after "
                 "parallelize_module and let the module return a local tensor (use_local_output=True), or use "
@@ -169,7 +180,7 @@ class GateHook(Hook):
             )
         if self.on_rows is not None and self.on_rows.passing:
             gated = self._gate_some_rows(forward, x, self.on_rows)
-        elif (keep := forward.keeps_all(self.branch)) is not None and passes.may_leave_no_graph(self.handle):
+        elif (keep := forward.keeps_all(self.branch)) is not None and passes.may_leave_no_graph(self.run):
             gated = self._gate_whole(x, source, forward.phase, keep)
         else:
             gated = self._gate_rows(forward.phase, forward.keep(self.branch, x.device), x, source)
@@ -177,7 +188,7 @@ class GateHook(Hook):
 
     def _gate_traced(self, args: Any, output: Any) -> Any:
         """The same in one graph for all masks: no work is skipped, and no mask is looked at."""
-        masks, phase = self.handle._traced_masks, self.handle._traced_phase
+        masks, phase = self.run.traced_masks, self.run.traced_phase
         if masks is None or not self._gates_in(phase):
             return None
         x, source = self._tensors(args, output)
@@ -185,7 +196,7 @@ class GateHook(Hook):
         return self._replaced(output, self._gate_rows(phase, keep, x, source))
 
     def _gates_in(self, phase: Phase) -> bool:
-        return phase is Phase.DROP or (phase is Phase.FREEZE and self.handle.options.freeze == "output")
+        return phase is Phase.DROP or (phase is Phase.FREEZE and self.run.options.freeze == "output")
 
     def _tensors(self, args: Any, output: Any) -> tuple[Tensor, Tensor | None]:
         x = output if isinstance(output, Tensor) else list(tensors_in(output))[self.point.leaf]
@@ -219,14 +230,14 @@ class GateHook(Hook):
         return torch.zeros_like(x) if source is None else source.to(x.dtype, copy=True)
 
     def _warn_if_stray(self, module: nn.Module) -> None:
-        handle = self.handle
-        if handle._forwards.running or handle._pauses or not (handle.model.training and torch.is_grad_enabled()):
+        run = self.run
+        if run.forwards.running or run.pauses or not (run.model.training and torch.is_grad_enabled()):
             return
         if not in_backward():
-            handle._watch.warn(
+            run.watch.warn(
                 "stray",
-                f"branch `{handle.branches[self.branch].name}` ran outside of a forward of the attached model, so it "
-                f"is trained plainly. Call the {type(handle.model).__name__} itself, not its parts, or attach to the "
+                f"branch `{run.branches[self.branch].name}` ran outside of a forward of the attached model, so it "
+                f"is trained plainly. Call the {type(run.model).__name__} itself, not its parts, or attach to the "
                 "part that is called",
                 stacklevel=2,
             )

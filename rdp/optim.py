@@ -97,48 +97,55 @@ class MaskedOptimizer(Optimizer):
         Returns:
             What the wrapped optimizer returns.
         """
+        run = self.handle._run
         if closure is None:
-            self.handle._agree()
+            run.agree()
+        frozen: frozenset[int] | None = None
         hidden: list[tuple[Tensor, Tensor | None]] = []
         # LBFGS moves all parameters along one direction, whether they have a gradient or not.
         before = [(p, p.detach().clone()) for p in self.parameters()] if isinstance(self.optimizer, LBFGS) else []
-
-        position = self.handle._position()
+        position = run.position()
         self._may_be_skipped = False
 
+        def hide() -> None:
+            nonlocal frozen
+            frozen = run.frozen_parameters()
+            hidden.extend((p, p.grad) for p in self.parameters() if id(p) in frozen)
+            for parameter, _ in hidden:
+                parameter.grad = None
+
         @torch.no_grad()
-        def put_back(frozen: set[int]) -> None:
+        def put_back() -> None:
             for parameter, old in before:
-                if id(parameter) in frozen:
+                if id(parameter) in (frozen or ()):
                     parameter.copy_(old)
 
         def evaluate() -> Any:
-            put_back({id(p) for p, _ in hidden})
+            put_back()
             _show(hidden)
-            self.handle._restart_step(position)
+            run.restart_step(position)
             assert closure is not None
             loss = closure()
-            self.handle._agree()
-            hidden.extend(self._hide())
+            run.agree()
+            hide()
             return loss
 
-        if closure is None:
-            hidden.extend(self._hide())
         try:
+            if closure is None:
+                hide()
             _complete_momentum(self.optimizer)
             result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(evaluate, **kwargs)
         finally:
-            frozen = {id(p) for p, _ in hidden}
+            put_back()
             _show(hidden)
-        put_back(frozen)
-        self.handle._stepped(self)
+        run.stepped(self, frozen)
         if before:
-            self.handle._watch.forget()
+            run.watch.forget()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; forwards whose gradients are thrown away no longer count for the step."""
-        self.handle._forget_finished()
+        self.handle._run.forget_finished()
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,16 +171,8 @@ class MaskedOptimizer(Optimizer):
 
     def _moving(self, move: Callable[[], Any]) -> Any:
         result = move()
-        self.handle._watch.forget()
+        self.handle._run.watch.forget()
         return result
-
-    def _hide(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Set the gradients of frozen parameters to None and return them."""
-        frozen = self.handle._frozen_parameters()
-        hidden = [(p, p.grad) for p in self.parameters() if id(p) in frozen]
-        for parameter, _ in hidden:
-            parameter.grad = None
-        return hidden
 
 
 def _show(hidden: list[tuple[Tensor, Tensor | None]]) -> None:

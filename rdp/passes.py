@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,66 +11,73 @@ from torch import Tensor, nn
 from rdp import gates, setup, traced
 from rdp.discovery.trace import tensors_in
 from rdp.errors import ForwardError
-from rdp.forward import Forward, in_backward, in_reentrant_checkpoint
+from rdp.forward import Forward, calls_running, in_backward, in_reentrant_checkpoint
 from rdp.slots import present
 
 if TYPE_CHECKING:
-    from rdp.handle import ResidualDropPath
+    from rdp.run import Run
 
 
-def begin(handle: ResidualDropPath, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def begin(
+    run: Run, discover: Callable[..., None], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """The model is about to run: a training forward finds the branches, if they are not known, and gets its masks.
 
     Raises:
         ForwardError: If `module` is another than the attached one, or there are no rows to mask.
     """
-    if module is not handle.model:
+    if module is not run.model:
         raise ForwardError(
             f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
             "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
         )
-    handle._traced_masks = None
-    if handle._pauses or not module.training or not torch.is_grad_enabled():
-        handle._forwards.begin(None)
+    run.traced_masks = None
+    if run.forwards.running and not in_backward():
+        run.forget_interrupted(calls_running(module) - 1)
+    if run.pauses or not module.training or not torch.is_grad_enabled():
+        run.forwards.begin(None)
         return
     if in_backward():
-        handle._forwards.begin_recomputed()
+        run.forwards.begin_recomputed()
         return
     try:
         rows = setup.check_inputs(args, kwargs)
-        if not handle.branches:
-            handle._discover(args, kwargs)
+        if not run.branches:
+            discover(args, kwargs)
             if callable(unshard := getattr(module, "unshard", None)):
                 unshard()  # FSDP has sharded the model again after the forwards of discovery
-        masks = handle._draw_masks(rows)
+        masks = run.draw_masks(rows)
     except BaseException:
-        handle._forwards.begin(None)  # `end` is called even so
+        run.forwards.begin(None)  # `end` is called even so
         raise
-    handle._forwards.begin(Forward(handle.phase, masks))
+    run.forwards.begin(Forward(run.progress.phase, masks))
     if traced.may_be_compiled():  # parts of the model, while the model itself is called by Python
-        handle._traced_masks = masks.to(next(module.parameters()).device, non_blocking=True)
+        run.traced_masks = masks.to(next(module.parameters()).device, non_blocking=True)
 
 
-def end(handle: ResidualDropPath, output: Any) -> Any:
+def end(run: Run, output: Any) -> Any:
     """The model has returned, or raised; returns its output in another form, or None to leave it."""
-    forward = handle._forwards.end()
-    handle._traced_masks = None
+    forward = run.forwards.end()
+    run.traced_masks = None
+    if forward is not None and forward.has_raised():
+        run.progress.take_back(forward.masks)
+        return None
     if forward is None or not torch.is_grad_enabled():
         return None
     tensors = list(tensors_in(output))
     leaf = next((i for i, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
-    if leaf is None or (not handle._agreement.several and any(tensor.requires_grad for tensor in tensors)):
+    if leaf is None or (not run.agreement.several and any(tensor.requires_grad for tensor in tensors)):
         return None
     # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits for the
     # gradients of branches that are out of the graph on this rank.
-    parameters = [p for group in handle._by_branch for p in present(group) if p.requires_grad]
+    parameters = [p for group in run.by_branch for p in present(group) if p.requires_grad]
     linked = gates.link(tensors[leaf], parameters)
     return linked if isinstance(output, Tensor) else gates.replace_leaf(output, leaf, linked)
 
 
-def may_leave_no_graph(handle: ResidualDropPath) -> bool:
+def may_leave_no_graph(run: Run) -> bool:
     """May a branch whose rows are all alike be left out of the graph?"""
     # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
     # another process may need what this one does not: sharded gradients are reduced by all or by none.
-    alike = handle.options.mode == "batch" or not handle._agreement.several
+    alike = run.options.mode == "batch" or not run.agreement.several
     return alike and not in_reentrant_checkpoint()

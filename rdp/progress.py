@@ -34,6 +34,7 @@ class _Counted:
 
     draw: Draw
     rows: int
+    masks: Tensor
     live: Tensor
     """Bool `Tensor[branches]`: does some row reach the loss through the branch, with gradient?"""
     gradients: Hashable
@@ -94,7 +95,7 @@ class Progress:
         """Start a forward of `rows` rows and return its masks, bool `Tensor[branches, rows]`."""
         draw = self._next_draw(rows)
         self.masks = self._draw(draw, rows, rank)
-        self._counted.append(_Counted(draw, rows, self._live(self.masks), gradients))
+        self._counted.append(_Counted(draw, rows, self.masks, self._live(self.masks), gradients))
         return self.masks
 
     def live(self) -> Tensor:
@@ -124,6 +125,10 @@ class Progress:
                 backward yet and still count.
         """
         self._counted = [c for c in self._counted if c.gradients == gradients]
+
+    def take_back(self, masks: Tensor) -> None:
+        """The forward that began with `masks` has raised: it does not count, and the next one gets its masks."""
+        self._counted = [c for c in self._counted if c.masks is not masks]
 
     def counted(self) -> list[_Counted]:
         """The forwards that count for the current step, for `count`."""
@@ -200,7 +205,8 @@ class Progress:
             self.masks = state["masks"].clone().cpu()
             for number, drawn_rows, rows in state["forwards"]:
                 draw = Draw(number, drawn_rows)
-                self._counted.append(_Counted(draw, rows, self._live(self._draw(draw, rows, rank)), None))
+                drawn = self._draw(draw, rows, rank)
+                self._counted.append(_Counted(draw, rows, drawn, self._live(drawn), None))
 
     def _next_draw(self, rows: int) -> Draw:
         if self.phase is Phase.FREEZE and self._replayed:

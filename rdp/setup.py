@@ -53,10 +53,10 @@ def check_model(model: nn.Module, options: Options) -> None:
 
 
 def check_unattached(model: nn.Module, besides: object = None) -> None:
-    """Refuse a model that another handle than `besides` has put hooks in."""
+    """Refuse a model that another run than `besides` has put hooks in."""
     for name, module in model.named_modules():
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-            if isinstance(hook, Hook) and hook.handle is not besides:
+            if isinstance(hook, Hook) and hook.run is not besides:
                 where = f"its module `{name}`" if name else "it"
                 raise AttachError(
                     f"this {type(model).__name__} is attached already ({where} has another handle's hooks); "

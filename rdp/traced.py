@@ -19,56 +19,56 @@ from rdp.discovery.trace import tensors_in
 from rdp.errors import BranchError
 
 if TYPE_CHECKING:
-    from rdp.handle import ResidualDropPath
+    from rdp.run import Run
 
-_handles: weakref.WeakValueDictionary[int, ResidualDropPath] = weakref.WeakValueDictionary()
+_runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
-def begin_forward(x: Tensor, handle: int, branches: int) -> Tensor:
-    """Begin a training forward of the model that `handle` is attached to.
+def begin_forward(x: Tensor, run: int, branches: int) -> Tensor:
+    """Begin a training forward of the model of `run`.
 
     Args:
         x: An input of the model, `Tensor[N, ...]`; only its length is used.
-        handle: Key of the handle, from `register`.
+        run: Key of the run, from `register`.
         branches: The number of its branches.
 
     Returns:
         Its masks, bool `Tensor[branches, N]` on the CPU.
     """
-    _handles[handle]._watch.compiled = True
-    masks = _handles[handle]._draw_masks(x.shape[0]).clone()
+    _runs[run].watch.compiled = True
+    masks = _runs[run].draw_masks(x.shape[0]).clone()
     return masks.pin_memory() if x.is_cuda else masks
 
 
 @begin_forward.register_fake
-def _(x: Tensor, handle: int, branches: int) -> Tensor:
+def _(x: Tensor, run: int, branches: int) -> Tensor:
     return torch.empty((branches, x.shape[0]), dtype=torch.bool)
 
 
-def begin(handle: ResidualDropPath, args: Any, kwargs: Any) -> None:
+def begin(run: Run, args: Any, kwargs: Any) -> None:
     """Begin a forward as torch.compile sees it.
 
     Raises:
         BranchError: If the branches are not known yet.
     """
-    handle._traced_masks = None
-    if handle._pauses or not handle.model.training or not torch.is_grad_enabled():
+    run.traced_masks = None
+    if run.pauses or not run.model.training or not torch.is_grad_enabled():
         return
-    if not handle.branches:
+    if not run.branches:
         raise BranchError(
             "the model is compiled before its branches are known; pass example_inputs to rdp.attach, or call "
             "handle.discover(inputs), so that they are found beforehand"
         )
     x = next(tensor for tensor in tensors_in((args, kwargs)) if tensor.dim())
-    masks = begin_forward(x.detach(), handle._key, len(handle.branches))
-    handle._traced_masks = masks.to(x.device, non_blocking=True)
+    masks = begin_forward(x.detach(), run.key, len(run.branches))
+    run.traced_masks = masks.to(x.device, non_blocking=True)
 
 
-def register(handle: ResidualDropPath) -> int:
-    """Make a handle known to the operator; returns its key."""
-    key = id(handle)
-    _handles[key] = handle
+def register(run: Run) -> int:
+    """Make a run known to the operator; returns its key."""
+    key = id(run)
+    _runs[key] = run
     return key
 
 

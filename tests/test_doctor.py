@@ -103,7 +103,7 @@ def test_a_branch_that_no_forward_reaches_is_named():
     train(model, optimizer, 1)
     assert handle.check().ok
     last, model.layers = model.layers[2], model.layers[:2]
-    handle._watch.reached.clear()
+    handle._run.watch.reached.clear()
     train(model, optimizer, 2)
     assert "`layers.2`" in " ".join(handle.check().problems)
     model.layers.append(last)
@@ -158,7 +158,7 @@ def test_frozen_parameters_that_something_else_moved_are_named(when):
         optimizer.zero_grad()
     model(model.rows(3, 9))
     assert moved
-    assert set(handle._watch.moved) == moved
+    assert set(handle._run.watch.moved) == moved
     problem = the_problem(handle, "moved although frozen", "another optimizer")
     assert any(f"`{name}`" in problem for name in moved)
 

@@ -13,6 +13,7 @@ from laws.architectures import BlockMLP
 from laws.strategies import Case
 from laws.test_checkpointing import CheckpointedMLP
 from laws.training import loss
+from test_rows import WIDTH, MaskedBlock, Stack, row_masks
 from torch import Tensor
 
 import rdp
@@ -237,7 +238,7 @@ def test_two_losses_of_one_forward_and_a_backward_that_is_run_twice_have_the_for
         output.square().sum().backward()
         loss(other).backward()
         (loss(expected) + 2 * expected.square().sum()).backward()
-        assert handle._progress.forwards == 2
+        assert handle._run.progress.forwards == 2
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             a, b = (torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q))
             torch.testing.assert_close(a, b)
@@ -296,3 +297,121 @@ def test_a_branch_that_is_called_without_its_model_warns_once_by_name_and_only_w
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         block(model.stem(x))
+
+
+# -- forwards that do not end ----------------------------------------------------------------------------------------
+
+
+def interrupted(model, error: type[BaseException], name: str, rows: int = 4):
+    """A forward that `error` ends when the module of this name has run."""
+
+    def stop(*_: object) -> None:
+        raise error
+
+    hook = model.get_submodule(name).register_forward_hook(stop)
+    with pytest.raises(error):
+        model(model.rows(rows, 0))
+    hook.remove()
+
+
+ERRORS = pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+INSIDE = pytest.mark.parametrize("where", ["stem", "body.1.fc1", "body.1.fc2", "head"])
+
+
+@ERRORS
+@INSIDE
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_a_forward_that_raised_does_not_count(error, where, mode):
+    """Out of memory, say: the batch is tried again, and FREEZE replays what the forward that learned had dropped."""
+    case = Case(BlockMLP, (KINDS,), mode=mode, rate=0.5, decay="constant", seed=3)
+    model, twin = case.model(), case.model()
+    handle, expected = (case.attach(m, example_inputs=m.rows(2, 0)) for m in (model, twin))
+    for step in range(4):
+        interrupted(model, error, where, rows=7)
+        for k in range(2):
+            x = model.rows(4, 2 * step + k)
+            assert torch.equal(model(x), twin(x))
+            assert torch.equal(handle.masks, expected.masks)
+            if k == 0:
+                interrupted(model, error, where)
+        assert handle.frozen == expected.frozen
+        handle.advance()
+        expected.advance()
+
+
+@ERRORS
+def test_a_forward_that_raises_while_another_error_is_handled_does_not_count_and_one_that_does_not_counts(error):
+    model = BlockMLP(KINDS)
+    handle = rdp.attach(model, 0.5, example_inputs=model.rows(2, 0))
+    try:
+        raise MemoryError
+    except MemoryError:
+        interrupted(model, error, "head")
+        model(model.rows(4, 0))
+    assert handle._run.progress.forwards == 1
+
+
+@ERRORS
+@INSIDE
+def test_after_a_forward_that_raised_parts_of_the_model_are_plain_in_eval_mode(error, where):
+    model, plain = BlockMLP(KINDS).double(), BlockMLP(KINDS).double()
+    plain.load_state_dict(model.state_dict())
+    rdp.attach(model, 0.9, decay="constant", example_inputs=model.rows(2, 0))
+    interrupted(model, error, where)
+    model.eval()
+    x = plain.stem(model.rows(4, 1))
+    assert torch.equal(model.body(x), plain.body(x))
+    assert torch.equal(model.body[1].fc2(x), plain.body[1].fc2(x))
+
+
+@pytest.mark.parametrize(("error", "train"), [(RuntimeError, True), (RuntimeError, False), (KeyboardInterrupt, False)])
+def test_after_a_forward_that_raised_a_module_in_the_middle_of_a_branch_gets_all_its_rows(error, train):
+    model = Stack(MaskedBlock())
+    x, mask = torch.randn(4, 5, WIDTH), row_masks(4, 5)
+    handle = rdp.attach(model, 0.5, example_inputs=(x, mask), seed=2)
+    assert handle.branches[0].compute == "rows"
+    hook = model.blocks[0].norm.register_forward_hook(lambda *_: (_ for _ in ()).throw(error()))
+    with pytest.raises(error):
+        model(x, mask)
+    hook.remove()
+    assert 0 < handle.masks.sum() < 4
+    model.train(train)
+    attention = model.blocks[0].attn
+    assert torch.equal(attention(x, mask=mask), attention.forward(x, mask=mask))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_after_an_interrupted_forward_checkpoints_recompute_the_masks_of_theirs(reentrant):
+    case = Case(CheckpointedMLP, (KINDS, reentrant), mode="row", rate=0.5, decay="constant", seed=3)
+    model, reference = case.model(), case.model()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    interrupted(model, KeyboardInterrupt, "head")
+    for step in range(4):
+        x = model.rows(4, step).requires_grad_()
+        loss(model(x)).backward()
+        loss(case.oracle(reference, x, handle.masks, handle.phase)).backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, q.grad)
+        model.zero_grad()
+        reference.zero_grad()
+        handle.advance()
+
+
+def test_a_model_that_calls_itself_is_not_taken_for_an_interrupted_one():
+    class Twice(BlockMLP):
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            if not again:
+                return super().forward(x)
+            with handle.paused():
+                plain = self(x, again=False)
+            return super().forward(x) + plain
+
+    model = Twice(KINDS)
+    handle = rdp.attach(model, 0.9, decay="constant", branches=["body.0.fc2"], compute="dense")
+    handle.discover(model.rows(2, 0))
+    x = model.rows(4, 0)
+    with handle.paused():
+        plain = BlockMLP.forward(model, x)
+    assert not torch.allclose(model(x), 2 * plain), "the outer call is gated after the inner one has returned"
+    assert handle._run.forwards.running == []
+    assert handle._run.progress.forwards == 1

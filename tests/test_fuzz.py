@@ -109,7 +109,7 @@ def test_wrap(value):
         handle.wrap(value)
     assert type(value).__name__ in str(caught.value)
     assert anatomy(model) == before
-    assert not handle._optimizers
+    assert not handle._run.optimizers
 
 
 def trained() -> tuple[torch.nn.Module, rdp.ResidualDropPath]:

@@ -17,7 +17,7 @@ from laws.training import anatomy, identical, loss
 from torch import Tensor, nn
 
 import rdp
-from rdp import Phase
+from rdp import Phase, hooks
 
 CASE = Case(BlockMLP, (("plain", "norm", "plain"),), rate=0.6, decay="constant", seed=2)
 
@@ -227,6 +227,42 @@ def test_a_removed_handle_lets_the_model_go():
     assert alive() is None
 
 
+def test_a_removed_handle_neither_finds_branches_nor_wraps():
+    """It would put hooks into a model that it has left, or wrap an optimizer for nothing."""
+    model, handle = setup()
+    handle.remove()
+    before = anatomy(model)
+    for use in (
+        lambda: handle.discover(model.rows(2, 0)),
+        lambda: handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1)),
+    ):
+        with pytest.raises(rdp.AttachError, match="this handle was removed from its BlockMLP; attach again"):
+            use()
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_finding_branches_hooks_all_of_them_or_none(monkeypatch, interruption):
+    model, handle = setup()
+    install = hooks.install
+
+    def fails_at_the_second(run, index, *arguments):
+        if index == 1:
+            raise interruption
+        return install(run, index, *arguments)
+
+    before = anatomy(model)
+    monkeypatch.setattr(hooks, "install", fails_at_the_second)
+    with pytest.raises(interruption):
+        handle.discover(model.rows(2, 0))
+    assert (handle.branches, anatomy(model)) == ((), before)
+    monkeypatch.undo()
+    handle.discover(model.rows(2, 0))
+    assert len(handle.branches) == 3
+    x = model.rows(4, 0)
+    torch.testing.assert_close(model(x), CASE.oracle(CASE.model(), x, handle.masks, Phase.DROP))
+
+
 def test_two_models_have_two_handles():
     first, first_handle = setup()
     second, second_handle = setup()
@@ -339,6 +375,38 @@ def test_the_state_dict_holds_tensors_and_plain_numbers_only():
     _, other_handle = setup()
     other_handle.load_state_dict(state)
     assert (other_handle.phase, other_handle.step_count) == (Phase.DROP, 0), "a state dict is a copy, not a view"
+
+
+def test_a_state_that_waits_for_the_branches_is_a_copy_and_goes_on_with_the_steps():
+    first, saved = setup()
+    for step in range(2):
+        first(first.rows(3, step))
+        saved.advance()
+    state = saved.state_dict()
+    model, handle = setup()
+    handle.load_state_dict(state)
+    state["replayed"].clear()
+    assert identical(handle.state_dict(), saved.state_dict())
+    handle.state_dict()["replayed"].append("changed")
+    assert identical(handle.state_dict(), saved.state_dict())
+    for each in (handle, saved):  # a step without a forward, so that the branches are still unknown
+        each.advance()
+    later = handle.state_dict()
+    assert {key: later[key] for key in ("step_count", "forwards", "replayed")} == {
+        key: saved.state_dict()[key] for key in ("step_count", "forwards", "replayed")
+    }
+    x = model.rows(4, 0)
+    assert identical(model(x), first(x))
+    assert (handle.step_count, handle.phase) == (3, Phase.FREEZE)
+    assert torch.equal(handle.masks, saved.masks)
+
+
+def test_masks_are_a_copy():
+    model, handle = setup()
+    model(model.rows(4, 0))
+    before = handle.state_dict()["masks"]
+    handle.masks.logical_not_()
+    assert torch.equal(handle.masks, before)
 
 
 # -- the loop that forgot the wrapper --------------------------------------------------------------------------------

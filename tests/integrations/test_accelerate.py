@@ -48,7 +48,7 @@ def test_resume_from_accelerates_checkpoint(recorder, tmp_path, stop_at: int) ->
     def run(steps: int, **where) -> tuple:
         torch.manual_seed(0)
         handle = train(Accelerator(cpu=True, gradient_accumulation_steps=2), batches=2 * steps, **where)
-        return outcome(handle, handle._optimizers[0].optimizer)
+        return outcome(handle, handle._run.optimizers[0].optimizer)
 
     expected = run(10)
     run(stop_at, save_to=tmp_path)

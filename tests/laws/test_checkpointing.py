@@ -156,7 +156,7 @@ def test_a_reentrant_checkpoint_around_the_whole_model_is_refused():
     with pytest.raises(rdp.ForwardError, match="use_reentrant=False"):
         loss(output).backward()
     assert handle.step_count == 0
-    assert not any(handle._forwards.running)
+    assert not any(handle._run.forwards.running)
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
