@@ -70,7 +70,8 @@ def attach(
             branches with dropout, where it keeps the distribution, but draws fewer numbers from the global RNG than a
             plain forward. "ghost" does so also through batch normalisation, which changes the mathematics: statistics
             are those of the rows that run together (undropped or dropped), as in ghost batch normalisation, and
-            running statistics those of undropped rows. "dense" always runs all rows.
+            running statistics those of undropped rows; a branch that is dropped for all rows is skipped. "dense"
+            always runs all rows.
         seed: Of the masks, which are independent of the global RNG.
         process_group: The processes whose gradients are averaged, each with rows of its own: the data parallel group.
             None takes all processes of `torch.distributed`, or this one alone where that is not used.

@@ -103,7 +103,7 @@ class EntryHook(Hook):
         kept, rows = forward.kept(self.branch), forward.rows
         if kept == rows or rows == 1 or (kept == 0 and (freeze or not passes.may_leave_no_graph(self.run))):
             return None
-        if program.batch_norm and (kept < 2 or rows - kept < 2):
+        if program.batch_norm and not (kept == 0 < rows - 2 or (kept >= 2 and rows - kept >= 2)):
             return None  # of a single row there may be no statistics
         device = next(tensors_in((args, kwargs))).device
         split = forward.split(self.branch, device)

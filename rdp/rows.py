@@ -1,7 +1,8 @@
 """Running a branch only on the rows that a step needs.
 
 In DROP the branch's first module gets the undropped rows alone, and the gate at its end puts zeros in the others'
-places. Where no row is left, a single one is run, since a hook cannot keep the model from calling the branch. In FREEZE
+places. Where no row is left, a single one is run (two for batch normalisation, whose running statistics do not keep
+them), since a hook cannot keep the model from calling the branch. In FREEZE
 the model's own call runs the undropped rows, whose gradient is stopped anyway; the dropped rows, the only ones that
 learn, are run by replaying the branch as a program.
 
@@ -49,7 +50,9 @@ class _Passing:
     freeze: bool
     x: Tensor
     unused: bool = False
-    """Is the one row that runs run for nothing?"""
+    """Are the rows that run run for nothing?"""
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """If so, running statistics, each with a copy of what they were before."""
     calls: dict[str, Arguments] = field(default_factory=dict)
 
 
@@ -83,22 +86,25 @@ class BranchOnRows:
         if not as_recorded(step.arguments, given, split.total, split.total):
             return None
         (x,) = _inner(step, given).values()
-        where = program.axes[program.fork]
+        where = program.axes[program.start]
         shape = list(program.shape)
-        shape[where.axis] = split.total
-        if list(x.shape) != shape and not (program.fits_any_shape and x.shape[where.axis] == split.total):
+        shape[where.axis] = entries = split.total * where.fold
+        if list(x.shape) != shape and not (program.fits_any_shape and x.shape[where.axis] == entries):
             return None
+        statistics = []
         if unused := not split.kept.numel():
-            split = Split(split.dropped[:1], split.dropped[1:])
-        self._passing = _Passing(split, freeze, x, unused, {program.entry: given})
-        return self._filled(step, given, {program.fork: _take(x, where, split.kept)}, split.kept)
+            few = 2 if program.batch_norm else 1
+            split = Split(split.dropped[:few], split.dropped[few:])
+            statistics = [(b, b.clone()) for norm in self._tracking_norms() for b in norm.buffers(recurse=False)]
+        self._passing = _Passing(split, freeze, x, unused, statistics, {program.entry: given})
+        return self._filled(step, given, {program.start: _take(x, where, split.kept)}, split.kept)
 
     def later(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments of a later module: those from outside of the branch are cut to the undropped rows."""
         assert self._passing is not None
         passing, step, given = self._passing, self.program.steps[self._numbers[name]], (args, kwargs)
         if not as_recorded(step.arguments, given, passing.split.total, passing.split.kept.numel()):
-            self._passing = None
+            self._left()
             return self._reunited(name, given, passing)
         passing.calls[name] = given
         return self._filled(step, given, _inner(step, given), passing.split.kept)
@@ -106,9 +112,8 @@ class BranchOnRows:
     def leave_drop(self, z: Tensor) -> Tensor:
         """The branch output for all rows, zero for dropped ones, from that of the undropped rows."""
         passing, where = self._left(), self.program.axes[self.program.result]
-        if passing.unused:
-            return _all_rows(z, where, passing.split).zero_()
-        return _all_rows(z, where, passing.split).zero_().index_copy_(where.axis, passing.split.kept, z)
+        zeros = _all_rows(z, where, passing.split).zero_()
+        return zeros if passing.unused else zeros.index_copy_(where.axis, _entries(where, passing.split.kept), z)
 
     def leave_freeze(self, z: Tensor) -> Tensor:
         """The branch output for all rows, from that of the undropped rows; only the dropped ones have a gradient."""
@@ -119,12 +124,14 @@ class BranchOnRows:
     def _left(self) -> _Passing:
         assert self._passing is not None
         passing, self._passing = self._passing, None
+        for buffer, before in passing.statistics:
+            buffer.data.copy_(before)  # `data`: an earlier micro-batch's backward must not take it for a change
         return passing
 
     def _replay(self, passing: _Passing, steps: int) -> dict[int, Tensor]:
         """Run the first `steps` steps on the dropped rows; the values that they make."""
         rows = passing.split.dropped
-        env = {self.program.fork: _take(passing.x, self.program.axes[self.program.fork], rows)}
+        env = {self.program.start: _take(passing.x, self.program.axes[self.program.start], rows)}
         with self._in_replay(), self._without_running_statistics():
             for step in self.program.steps[:steps]:
                 if isinstance(step.target, str):
@@ -149,11 +156,7 @@ class BranchOnRows:
     @contextlib.contextmanager
     def _without_running_statistics(self) -> Iterator[None]:
         """Let batch normalisation forget the few rows that it sees."""
-        names = [step.target for step in self.program.steps if isinstance(step.target, str)]
-        modules = (
-            [m for name in names for m in self.model.get_submodule(name).modules()] if self.program.batch_norm else []
-        )
-        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        norms = self._tracking_norms()
         try:
             for norm in norms:
                 norm.track_running_stats = False
@@ -162,12 +165,13 @@ class BranchOnRows:
             for norm in norms:
                 norm.track_running_stats = True
 
-    def _norms_with_statistics(self) -> Iterator[nn.Module]:
-        for step in self.program.steps:
-            modules = self.model.get_submodule(step.target).modules() if isinstance(step.target, str) else ()
-            for module in modules:
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                    yield module
+    def _tracking_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """The branch's batch normalisations with running statistics."""
+        if not self.program.batch_norm:
+            return []
+        called = [self.model.get_submodule(step.target) for step in self.program.steps if isinstance(step.target, str)]
+        norms = [m for c in called for m in c.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return [norm for norm in norms if norm.track_running_stats]
 
     def _filled(self, step: Step, given: Arguments, env: dict[int, Tensor], rows: Tensor) -> Arguments:
         """The arguments `given` to a step, with values from `env` and cut to `rows`."""

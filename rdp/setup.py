@@ -98,7 +98,7 @@ def choose_branches(
         need_rows=by_row,
         want_programs=options.compute != "dense",
         allow_random=options.compute in ("rows", "ghost"),
-        allow_batch_norm=options.compute == "ghost" and by_row,
+        allow_batch_norm=options.compute == "ghost",
     )
     branches = _selected(model, options, found)
     if not branches:

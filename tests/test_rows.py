@@ -255,6 +255,72 @@ def test_a_branch_dropped_for_the_whole_batch_runs_on_a_single_row(compute):
         assert model.get_parameter(name).grad is None
 
 
+# -- Functions before the first module: they run on all rows -----------------------------------------------------------
+
+
+class Windowed(nn.Module):
+    """Swin v2's attention branch: a shift and a partition into windows, folded into the batch, before any module."""
+
+    def __init__(self, window: int = 2) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((WIDTH,), 0.7))
+        self.attn, self.norm, self.window = Attention(), nn.LayerNorm(WIDTH), window
+
+    def branch(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        h = torch.roll(x * self.gain, 1, dims=1).view(rows * tokens // self.window, self.window, WIDTH)
+        return self.norm(torch.roll(self.attn(h).view(-1, tokens, WIDTH), -1, dims=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Tokenwise(nn.Module):
+    """Rows are folded into the batch before x already: a row is several consecutive entries of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.attn, self.out = nn.Linear(WIDTH, WIDTH), Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = self.linear(x).unflatten(1, (-1, 2)).flatten(0, 1)
+        return (folded + self.out(self.attn(folded))).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
+
+
+class ReachesBack(Windowed):
+    """What a function made before the first module is used after it, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.tanh()
+        return x + self.norm(self.attn(h) * h)
+
+
+@pytest.mark.parametrize("block", [Windowed, Tokenwise])
+def test_windows_and_tokens_in_the_place_of_rows_follow_their_rows(block):
+    torch.manual_seed(0)
+    model = Stack(block(), block(), block()).double()
+    x = torch.randn(6, 4, WIDTH, dtype=torch.float64)
+    with rdp.attach(model, 0.5, decay="constant", example_inputs=x) as handle:
+        assert [branch.compute for branch in handle.branches] == ["rows"] * 3
+    for ours, dense in zip(two_steps(model, "auto", (x,), x), two_steps(model, "dense", (x,), x), strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+@pytest.mark.parametrize("block", [Windowed, Tokenwise])
+def test_an_input_with_another_number_of_windows_is_handled(block):
+    torch.manual_seed(0)
+    model = Stack(block(), block()).double()
+    x, longer = torch.randn(6, 4, WIDTH, dtype=torch.float64), torch.randn(5, 8, WIDTH, dtype=torch.float64)
+    ours, dense = two_steps(model, "auto", (x,), longer), two_steps(model, "dense", (x,), longer)
+    for some, every in zip(ours, dense, strict=True):
+        torch.testing.assert_close(some, every)
+
+
+def test_a_branch_that_uses_such_functions_again_is_dense():
+    with rdp.attach(Stack(ReachesBack()), 0.5, example_inputs=torch.randn(4, 4, WIDTH)) as handle:
+        assert "not a chain of modules" in handle.branches[0].note
+
+
 # -- compute="ghost": statistics of the rows that run together ---------------------------------------------------------
 
 
@@ -276,7 +342,9 @@ class NormedConv(nn.Module):
 def ghost_oracle(model: Stack, x: Tensor, masks: Tensor, phase: rdp.Phase) -> Tensor:
     """Each group of rows goes through the branch by itself; only the undropped leave a mark in running statistics."""
     for block, keep in zip(model.blocks, masks, strict=True):
-        if keep.sum() < 2 or (~keep).sum() < 2:
+        if phase is rdp.Phase.DROP and not keep.any() and len(keep) > 2:
+            f = torch.zeros_like(x)
+        elif keep.sum() < 2 or (~keep).sum() < 2:
             f = block.branch(x)
             m = keep.view(-1, 1, 1, 1).to(f.dtype)
             f = m * f if phase is rdp.Phase.DROP else m * f.detach() + (1 - m) * f
@@ -300,14 +368,15 @@ def _aside(block: NormedConv, x: Tensor) -> Tensor:
     return f
 
 
+@pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", range(4))
-def test_ghost_takes_statistics_over_the_rows_that_run_together(rows, seed):
+def test_ghost_takes_statistics_over_the_rows_that_run_together(rows, seed, mode):
     torch.manual_seed(seed)
     model = Stack(NormedConv(), NormedConv(), NormedConv()).double()
     reference = copy.deepcopy(model)
-    x = torch.randn(rows, 3, 4, 4, dtype=torch.float64)
-    handle = rdp.attach(model, 0.4, decay="constant", compute="ghost", example_inputs=x, seed=seed)
+    x = torch.randn(rows, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    handle = rdp.attach(model, 0.4, mode=mode, decay="constant", compute="ghost", example_inputs=x, seed=seed)
     assert [branch.compute for branch in handle.branches] == ["rows"] * 3
     for _ in range(4):
         phase = handle.phase
@@ -326,12 +395,45 @@ def test_ghost_takes_statistics_over_the_rows_that_run_together(rows, seed):
         handle.advance()
 
 
-def test_batch_normalisation_is_dense_but_for_ghost_and_in_batch_mode_even_then():
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_batch_normalisation_is_dense_but_for_ghost(mode):
     x = torch.randn(4, 3, 4, 4)
-    for compute, mode, expected in (("rows", "row", "dense"), ("ghost", "row", "rows"), ("ghost", "batch", "dense")):
+    for compute, expected in (("auto", "dense"), ("rows", "dense"), ("ghost", "rows")):
         with rdp.attach(Stack(NormedConv()), 0.4, mode=mode, compute=compute, example_inputs=x) as handle:
             assert handle.branches[0].compute == expected
             assert ("compute='ghost'" in handle.branches[0].note) == (expected == "dense")
+
+
+def dropped_ghost() -> tuple[Stack, rdp.ResidualDropPath]:
+    """A model whose two branches are dropped in the second of two forwards, but not in the first."""
+    for seed in range(100):
+        torch.manual_seed(0)
+        model, x = Stack(NormedConv(), NormedConv()), torch.randn(8, 3, 4, 4)
+        handle = rdp.attach(model, 0.5, mode="batch", decay="constant", compute="ghost", example_inputs=x, seed=seed)
+        drawn = []
+        for _ in range(2):
+            model(x)
+            drawn.append(handle.masks[:, 0].tolist())
+        handle.remove()
+        if drawn == [[True, True], [False, False]]:
+            model = Stack(NormedConv(), NormedConv())
+            return model, rdp.attach(
+                model, 0.5, mode="batch", decay="constant", compute="ghost", example_inputs=x, seed=seed
+            )
+    raise AssertionError("no such seed")
+
+
+def test_ghost_skips_dropped_branches_in_batch_mode_and_their_statistics_do_not_move():
+    model, _ = dropped_ghost()
+    rows: list[int] = []
+    model.blocks[1].conv.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    x = torch.randn(8, 3, 4, 4)
+    first = model(x)
+    before = [buffer.clone() for buffer in model.buffers()]
+    model(x).sum().backward()
+    first.sum().backward()  # of an earlier micro-batch, and through statistics that have been put back since
+    assert rows == [8, 2]
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
 
 
 def test_a_forward_that_failed_in_a_branch_leaves_nothing_behind():

@@ -230,8 +230,9 @@ def measure(name: str, args: Args) -> list[Row]:
     contenders = [with_rdp(name, args, x, "row", "auto"), with_rdp(name, args, x, "batch", "auto")]
     # Where nothing runs on rows by default, because of BatchNorm, show what the option does; else what dense costs.
     other = "ghost" if " 0/" in contenders[0].name else "dense"
-    contenders.append(with_rdp(name, args, x, "row", other))
-    contenders[-1].name = f"rdp row, compute='{other}'"
+    for mode in ("row", "batch") if other == "ghost" else ("row",):
+        contenders.append(with_rdp(name, args, x, mode, other))
+        contenders[-1].name = f"rdp {mode}, compute='{other}'"
     contenders += rivals(name, args, x) if args.rivals else []
     ratios: dict[tuple[str, str], list[float]] = {}
     for round_number in tqdm(range(args.rounds + 1 if args.rounds else 0), desc=name, leave=False):

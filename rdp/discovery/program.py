@@ -1,5 +1,8 @@
 """A branch as a short program that can be run on any rows: module calls and a few functions of the adding module.
 
+It begins with a module. What functions make of x before that (a shift, a partition into windows) they make of all rows,
+in the model's own forward, as they would without us.
+
 Everything below the adding module's own level is a module call, whose Python code makes of its input what it likes.
 What the adding module itself does between those calls is recorded as functions with their arguments. An integer
 argument that doubles with the batch is a multiple of the number of rows.
@@ -7,6 +10,7 @@ argument that doubles with the batch is a multiple of the number of rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,21 +47,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """F of `y = shortcut(x) + F(x)`, from the value `fork` to the value `result`.
+    """F of `y = shortcut(x) + F(x)`, from the value `start` to the value `result`.
 
     Attributes:
-        fork: The value x.
+        start: What the first module takes: x, or what functions made of it.
         result: The value F(x).
         steps: What leads from one to the other; the first is a module call, and each uses only what the latest module
             call before it has returned.
         axes: Where the values that modules take and return have their rows.
-        shape: Of x, when the branch was found.
+        shape: Of the value `start`, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
         batch_norm: Is there a batch normalisation, whose statistics are then those of the rows that run together?
         kind: The functions that were called, in its modules too, and the classes of these.
     """
 
-    fork: int
+    start: int
     result: int
     steps: tuple[Step, ...] = field(repr=False)
     axes: Mapping[int, RowAxis] = field(repr=False)
@@ -68,7 +72,7 @@ class Program:
 
     @property
     def entry(self) -> str:
-        """The module that is first to take x."""
+        """The first module."""
         return str(self.steps[0].target)
 
     @property
@@ -78,7 +82,7 @@ class Program:
 
     @property
     def fits_any_shape(self) -> bool:
-        """Are there nothing but module calls? Arguments of functions may depend on the shape of x."""
+        """Are there nothing but module calls? Arguments of functions may depend on shapes."""
         return all(isinstance(step.target, str) for step in self.steps)
 
 
@@ -112,10 +116,11 @@ def branch_program(
     if any(value in path and caller in around for value, caller in graph.trace.dropouts):
         raise NotIndependent("a bare function applies dropout")
     writer = _Writer(graph, single, residual, path)
-    for item in _sequence(graph, residual, path):
+    for item in itertools.dropwhile(lambda item: not isinstance(item, Call), _sequence(graph, residual, path)):
         writer.write(item)
     steps = writer.steps
-    _check_chain(steps, residual.fork, path)
+    start = _start(steps[0], path | {residual.fork})
+    _check_chain(steps, start, path | {residual.fork})
     axes: dict[int, RowAxis] = {}
     batch_norm = False
     for step in steps:
@@ -128,11 +133,9 @@ def branch_program(
                 if isinstance(leaf, Ref):
                     axes[leaf.value] = _needed_row_axis(graph, single, leaf.value)
     axes[seam.value] = _needed_row_axis(graph, single, seam.value)
-    if axes[residual.fork].fold > 1 or axes[seam.value].fold > 1:
-        raise NotIndependent("tokens are folded into the batch")
-    shape, result_leaf = graph.values[residual.fork].shape, seam.call.outputs.index(seam.value)
+    shape, result_leaf = graph.values[start].shape, seam.call.outputs.index(seam.value)
     kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, steps))
-    return Program(residual.fork, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm, kind)
+    return Program(start, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm, kind)
 
 
 def _classes(model: nn.Module, steps: list[Step]) -> list[str]:
@@ -141,13 +144,19 @@ def _classes(model: nn.Module, steps: list[Step]) -> list[str]:
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
-def _check_chain(steps: list[Step], fork: int, path: set[int]) -> None:
-    """The first step alone takes x, and no step reaches back beyond the latest module call before it."""
-    if not steps or not isinstance(steps[0].target, str):
-        raise NotIndependent("the branch does not begin with one module")
-    reachable = {fork}
+def _start(first: Step, inside: set[int]) -> int:
+    """The one value of the branch that its first module takes."""
+    taken = {leaf.value for leaf in leaves(first.arguments) if isinstance(leaf, Ref)} & inside
+    if len(taken) != 1:
+        raise NotIndependent("its first module takes several tensors of the branch")
+    return taken.pop()
+
+
+def _check_chain(steps: list[Step], start: int, inside: set[int]) -> None:
+    """No step reaches back beyond the latest module call before it."""
+    reachable = {start}
     for step in steps:
-        used = {leaf.value for leaf in leaves(step.arguments) if isinstance(leaf, Ref)} & (path | {fork})
+        used = {leaf.value for leaf in leaves(step.arguments) if isinstance(leaf, Ref)} & inside
         if not used <= reachable:
             raise NotIndependent("the branch is not a chain of modules")
         made = {value for value in step.outputs if value is not None}
