@@ -24,7 +24,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # The fused inference kernels of nn.TransformerEncoderLayer would hide the additions.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _own_random_numbers(model):
+        # Compiled parts of the model run as they were written: what is called can be seen in them, too.
+        with _own_random_numbers(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rdp
 from laws.architectures import BlockMLP, ConvNet, Transformer
 from laws.strategies import Case
 from laws.training import loss
@@ -106,6 +107,53 @@ def test_blocks_compiled_one_by_one_make_two_graphs_each_in_fifty_steps(mode, sa
             torch.testing.assert_close(output, case.oracle(reference, x, handle.masks, handle.phase))
         handle.advance()
     assert [backend.made for backend in graphs] == [2] * len(graphs)
+
+
+class InnerBlock(nn.Module):
+    """As in timm's ViT, what is worth compiling lies between the module that is entered and the one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.drop_path = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm(x)))
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_compiled_modules_inside_of_branches_run_on_rows_with_one_graph_for_each_number_of_rows(compile_first):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(InnerBlock() for _ in range(3))).double()
+    reference = copy.deepcopy(model)
+    graphs = [Graphs() for _ in model]
+    options = {"rate": 0.25, "decay": "constant", "sampling": "fixed", "example_inputs": torch.randn(2, 8).double()}
+
+    def compile_inner() -> None:
+        for block, backend in zip(model, graphs, strict=True):
+            block.mlp.compile(backend=backend, fullgraph=True, dynamic=False)
+
+    if compile_first:
+        compile_inner()
+    handle = rdp.attach(model, **options)
+    assert [branch.compute for branch in handle.branches] == ["rows"] * 3
+    assert [backend.made for backend in graphs] == [0] * 3  # looking for branches compiles nothing
+    if not compile_first:
+        compile_inner()
+    dense = rdp.attach(reference, compute="dense", **options)
+    for _ in range(50):
+        x = torch.randn(16, 8, dtype=torch.float64)
+        ours, expected = model(x), reference(x)
+        torch.testing.assert_close(ours, expected)
+        for output in (ours, expected):
+            output.square().sum().backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            zero = torch.zeros_like(p)
+            torch.testing.assert_close(zero if p.grad is None else p.grad, zero if q.grad is None else q.grad)
+        model.zero_grad()
+        reference.zero_grad()
+        handle.advance()
+        dense.advance()
+    assert [backend.made for backend in graphs] == [2] * 3, "12 undropped rows, and 4 dropped ones"
 
 
 @pytest.mark.slow
