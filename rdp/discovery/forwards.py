@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rdp.copies import Hook
 from rdp.discovery.trace import tensors_in
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -57,18 +58,26 @@ def _own_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def only_device(model: nn.Module) -> torch.device | None:
-    """The device of a model that is nothing but ordinary tensors with numbers, all on one device; None for others.
+    """The device of a model that is nothing but ordinary modules and tensors, all on one device; None for others.
 
-    Those (sharded, offloaded, quantized, scripted) run code of their own around their modules.
+    Others (sharded, offloaded, quantized, scripted, with hooks of somebody else) run code around their modules that
+    may need numbers, and forwards that come to their end.
     """
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return None
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if not all(_is_ordinary(module) for module in model.modules()):
         return None
     device = devices.pop()
     return None if device.type == "meta" else device
+
+
+def _is_ordinary(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.distributed."):
+        return False
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return all(isinstance(hook, Hook) for hook in hooks)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -90,47 +99,34 @@ def take_rows(inputs: Inputs, rows: int) -> Inputs:
     return cut_inputs
 
 
+class Enough(BaseException):
+    """Ends a forward of which enough was seen; no `Exception`, which a model might handle."""
+
+
+def run(model: nn.Module, inputs: Inputs) -> None:
+    """A forward without gradients, to its end or until a hook raises `Enough`."""
+    with suppress(Enough), torch.no_grad():
+        model(*inputs[0], **inputs[1])
+
+
 def observe(model: nn.Module, inputs: Inputs, modules: Collection[str]) -> dict[str, list[Tensor]]:
     """The output tensors of the named modules in one forward without gradients."""
     seen: dict[str, list[Tensor]] = {}
+    may_stop = only_device(model) is not None  # asked before there are hooks
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # A copy, since the block may add to the output in place.
             seen[name] = [t.detach().clone() for t in tensors_in(output)]
+            if may_stop and len(seen) == len(modules):
+                raise Enough
 
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
-        run_until(lambda: len(seen) == len(modules), model, inputs, modules)
+        run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
-
-
-class _Enough(BaseException):
-    """Ends a forward of which enough was seen; no `Exception`, which a model might handle."""
-
-
-def run_until(finished: Callable[[], bool], model: nn.Module, inputs: Inputs, modules: Iterable[str]) -> None:
-    """A forward without gradients that ends when one of the named modules has run and `finished()` is true.
-
-    Models that run code of their own around their modules, which may wait for the end, run to their end.
-    """
-
-    def stop(*_: Any) -> None:
-        if finished():
-            raise _Enough
-
-    ordinary = only_device(model) is not None
-    hooks = [model.get_submodule(name).register_forward_hook(stop) for name in modules if ordinary]
-    try:
-        with torch.no_grad():
-            model(*inputs[0], **inputs[1])
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -54,7 +54,7 @@ def first_coupled(model: nn.Module, pair: Inputs, single: Inputs, gates: Sequenc
 
 def _row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:
     """How much the first row differs beside a second one, relative to the largest number in it."""
-    if pair.is_meta or not pair.is_floating_point():
+    if pair.is_meta or not pair.is_floating_point() or not single.numel():
         return 0.0
     first = pair.narrow(where.axis, 0, where.fold).double()
     error = (first - single.double()).abs().max()

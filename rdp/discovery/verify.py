@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdp.discovery.forwards import Inputs, as_in_training, observe, run_until
+from rdp.discovery.forwards import Enough, Inputs, as_in_training, observe, only_device, run
 from rdp.discovery.program import Program, draws_random_numbers
 from rdp.discovery.trace import tensors_in
 from rdp.gates import replace_leaf
@@ -79,6 +79,7 @@ def _run(
 ) -> dict[str, str]:
     different: dict[str, str] = {}
     seen: set[str] = set()
+    may_stop = only_device(model) is not None  # asked before there are hooks
     hooks = []
 
     def check(name: str, program: Program) -> None:
@@ -98,18 +99,20 @@ def _run(
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if branch.replaying:
                 return None
+            seen.add(name)
+            leaf, replaced = program.result_leaf, output
             if not branch.passing:
                 different[name] = "it is called otherwise than when it was traced"
-                seen.add(name)
-                return None
-            leaf = program.result_leaf
-            found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
-            if not _close(found, wanted):
-                different[name] = "its rows influence each other"
+            else:
+                found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
+                if not _close(found, wanted):
+                    different[name] = "its rows influence each other"
+                # What follows is checked against the plain forward again, not against this one's rounding errors.
+                replaced = replace_leaf(output, leaf, wanted.clone())
             entered.remove(name)
-            seen.add(name)
-            # What follows is checked against the plain forward again, not against this one's rounding errors.
-            return replace_leaf(output, leaf, wanted.clone())
+            if may_stop and len(seen) == len(programs):
+                raise Enough
+            return replaced
 
         hooks.append(model.get_submodule(program.entry).register_forward_pre_hook(enter, with_kwargs=True))
         for step in program.later_modules:
@@ -120,7 +123,7 @@ def _run(
     try:
         for name, program in programs.items():
             check(name, program)
-        run_until(lambda: len(seen) == len(programs), model, pair, programs)
+        run(model, pair)
     finally:
         for handle in hooks:
             handle.remove()
@@ -128,7 +131,7 @@ def _run(
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
+    if found.shape != wanted.shape or not wanted.numel():
+        return found.shape == wanted.shape
     error = (found.double() - wanted.double()).abs().max()
     return bool(error <= _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE) * wanted.double().abs().max() + 1e-12)

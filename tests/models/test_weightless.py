@@ -25,11 +25,6 @@ def found(model: nn.Module, *rows: Tensor, **options: Any) -> Discovery:
     return find_branches(model, rows, {}, want_programs=True, **options)
 
 
-@pytest.fixture
-def with_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwards, "only_device", lambda model: None)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_same_is_found_as_with_numbers(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -62,11 +57,15 @@ def test_a_deep_model_computes_its_first_block_only() -> None:
     assert model.calls == [2] + 19 * [0]
 
 
-@pytest.mark.usefixtures("with_numbers_only")
-def test_a_model_with_code_around_its_modules_runs_to_its_end() -> None:
+def test_hooks_of_somebody_else_see_numbers_and_forwards_that_end() -> None:
     model = Deep([block() for _ in range(3)])
+    on_meta, ends = [], []
+    model.blocks[0].register_forward_hook(lambda module, args, output: on_meta.append(output.is_meta))
+    model.register_forward_hook(lambda module, args, output: ends.append(1))
     assert len(found(model, torch.randn(4, WIDTH)).programs) == 3
     assert model.calls == [4, 4, 4]
+    assert len(ends) == 4
+    assert not any(on_meta)
 
 
 class Sometimes(nn.Module):
@@ -246,3 +245,10 @@ def test_the_early_end_of_a_forward_is_no_error_that_a_model_could_handle() -> N
     model = Stubborn()
     assert list(found(model, torch.randn(4, WIDTH)).programs) == ["f"]
     assert not model.went_on
+
+
+@pytest.mark.parametrize("compute", ["auto", "dense"])
+def test_a_branch_without_any_numbers_is_found_too(compute: str) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 0), Deep([nn.Linear(0, 0)]), nn.Linear(0, WIDTH), Deep([block()]))
+    with rdp.attach(model, 0.5, compute=compute, example_inputs=torch.randn(4, WIDTH)) as handle:
+        assert [branch.name for branch in handle.branches] == ["1.blocks.0", "3.blocks.0"]
