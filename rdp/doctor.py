@@ -40,7 +40,7 @@ class Checkup:
         return not self.problems
 
     def __str__(self) -> str:
-        return "\n".join([*self.facts, *(f"PROBLEM: {problem}" for problem in self.problems or ())])
+        return "\n".join([*self.facts, *(f"PROBLEM: {problem}" for problem in self.problems)])
 
 
 class Watch:
@@ -56,18 +56,21 @@ class Watch:
         self.reached: set[int] = set()
         self.compiled = False
         """Has a compiled graph begun a forward? What it reaches cannot be seen."""
+        self.known: frozenset[str] = frozenset()
+        """Names of the parameters that there were when the branches were found."""
         self.moved: dict[str, int] = {}
         """Names of parameters that moved although they were frozen, with the number of the step."""
         self.warned: set[str] = set()
         self._watched: list[Slot] = []
         self._probes: list[Slot] = []
-        self._versions: list[int] | None = None
+        self._versions: list[int | None] | None = None  # None for a parameter that is not there any more
         self._frozen: frozenset[int] = frozenset()
         self._announced = True
         self._unannounced = 0
 
     def found(self, branches: Iterable[Branch], places: Mapping[str, Slot]) -> None:
         """The branches are known; `places` are those of all parameters."""
+        self.known = frozenset(places)
         parameters = dict(self.model.named_parameters())
         inside = {name for branch in branches for name in branch.parameters}
         outside = [places[name] for name, p in parameters.items() if name not in inside and p.requires_grad]
@@ -87,7 +90,8 @@ class Watch:
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
         """A training forward begins; `in_step` says that some, but not all optimizers have stepped."""
         self.forwards += 1
-        versions = [p._version for p in present(self._watched)]
+        parameters = [slot.parameter for slot in self._watched]
+        versions = [None if p is None else p._version for p in parameters]
         if self._versions is not None and versions != self._versions:
             self._look(versions, phase, step, in_step)
         self._versions, self._announced, self._frozen = versions, False, frozenset()
@@ -106,10 +110,9 @@ class Watch:
             self.warned.add(key)
             warnings.warn(text, RdpWarning, stacklevel=stacklevel + 1)
 
-    def _look(self, versions: Sequence[int], phase: Phase, step: int, in_step: bool) -> None:
-        changed = [
-            slot for slot, old, new in zip(self._watched, self._versions or (), versions, strict=True) if old != new
-        ]
+    def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
+        pairs = zip(self._watched, self._versions or (), versions, strict=True)
+        changed = [slot for slot, old, new in pairs if old != new]
         if self._announced:
             self.moved |= {slot.name: step - 1 for slot in changed if id(slot.parameter) in self._frozen}
         elif not in_step:
@@ -153,6 +156,12 @@ def _problems(handle: ResidualDropPath, watch: Watch, gated: list[Branch]) -> It
     unreached = [b.name for i, b in enumerate(handle.branches) if b.rate > 0 and i not in watch.reached]
     if watch.forwards and unreached and not watch.compiled:
         yield (f"{_listed(unreached)} was never reached by a training forward: the model does not call it any more")
+    added = [name for name, _ in handle.model.named_parameters() if name not in watch.known]
+    if added:
+        yield (
+            f"{_listed(added)} was added after the branches were found, so it is not frozen with the branch that it is "
+            "in, nor gated if it makes a branch of its own; attach again, after the model is complete"
+        )
     if not handle._run.optimizers:
         yield (
             "no optimizer is wrapped: frozen parameters drift with momentum and weight decay, and phases alternate "

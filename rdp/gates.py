@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,23 +120,45 @@ def link(x: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def replace_leaf(output: Any, leaf: int, new: Tensor) -> Any:
-    """`output`, with tensor number `leaf` replaced; nested tuples, lists and mappings are rebuilt around it."""
-    position = 0
+    """`output`, with tensor number `leaf` replaced, counted as `tensors_in` does.
+
+    The tuples, lists, sets, mappings and dataclasses around it are copied, so that what else they hold is the same.
+    """
+    position = -1
+
+    def changed(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        return {key: rebuilt for key, item in items if (rebuilt := rebuild(item)) is not item}
 
     def rebuild(value: Any) -> Any:
         nonlocal position
         if isinstance(value, Tensor):
             position += 1
-            return new if position - 1 == leaf else value
-        if isinstance(value, Mapping):
-            kind: Callable[[dict[Any, Any]], Any] = type(value)
-            return kind({key: rebuild(item) for key, item in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(rebuild, value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(rebuild, value))
+            return new if position == leaf else value
+        if isinstance(value, (Mapping, list)):
+            items = changed(value.items() if isinstance(value, Mapping) else enumerate(value))
+            return _with_items(value, items) if items else value
+        if isinstance(value, (tuple, set)):
+            parts = [rebuild(item) for item in value]
+            if all(part is item for part, item in zip(parts, value, strict=True)):
+                return value
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.replace(value, **{f.name: rebuild(getattr(value, f.name)) for f in fields(value)})
+            attributes = changed((f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value))
+            return _with_attributes(value, attributes) if attributes else value
         return value
 
     return rebuild(output)
+
+
+def _with_items(value: Any, items: Mapping[Any, Any]) -> Any:
+    copied = copy.copy(value)  # and not `type(value)(...)`: a subclass may be made of other arguments
+    for key, item in items.items():
+        copied[key] = item
+    return copied
+
+
+def _with_attributes(value: Any, attributes: Mapping[str, Any]) -> Any:
+    copied = copy.copy(value)
+    for name, attribute in attributes.items():
+        object.__setattr__(copied, name, attribute)  # it may be frozen
+    return copied

@@ -17,6 +17,7 @@ from rdp import hooks, setup, traced
 from rdp.agreement import ShadowHook
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.discovery.forwards import batch_size
+from rdp.discovery.trace import tensors_in
 from rdp.doctor import Checkup, check
 from rdp.errors import ArgumentError, AttachError, StateError
 from rdp.native import NativeDrop, find_native_drops
@@ -133,7 +134,7 @@ class ResidualDropPath:
             inputs: A tensor, a tuple of positional or a dict of keyword arguments; at most two rows are used.
 
         Raises:
-            ArgumentError: If there is no tensor with rows in `inputs`.
+            ArgumentError: If there is no tensor with rows in `inputs`, or one was made in inference mode.
             AttachError: If the handle was removed.
             BranchError: If no branch is found, or one that was named is not there.
         """
@@ -144,6 +145,11 @@ class ResidualDropPath:
             raise ArgumentError(
                 "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
                 f"arguments, with at least one row; got {setup.shortened(inputs)}"
+            )
+        if any(tensor.is_inference() for tensor in tensors_in((args, kwargs))):
+            raise ArgumentError(
+                "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
+                "through the model; pass a clone() of it that is made outside"
             )
         self._discover(args, kwargs)
 
@@ -223,19 +229,17 @@ class ResidualDropPath:
 
     def __repr__(self) -> str:
         state = f"step {self.step_count}, phase {self.phase.name}" if self.attached else "removed"
+        if self.attached and not self.branches:
+            state += "; branches will be found in the first training forward"
         head = f"ResidualDropPath({type(self.model).__name__}, rate={self.options.rate}, mode={self.options.mode!r}): "
-        if not self.branches:
-            return f"{head}{state}" + (
-                "; branches will be found in the first training forward" if self.attached else ""
-            )
-        return f"{head}{state}\n{branch_table(self.branches, self.refused)}"
+        return head + state + (f"\n{branch_table(self.branches, self.refused)}" if self.branches else "")
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
         setup.check_unattached(self.model, besides=self._run)
         check_sharding(self.model, self._run.agreement.ranks)
-        with self.paused():
+        with torch.inference_mode(False), self.paused():
             branches, refused, programs = setup.choose_branches(self.model, self.options, args, kwargs)
         installed: list[RemovableHandle] = []
         try:

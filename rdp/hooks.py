@@ -166,7 +166,7 @@ class GateHook(Hook):
             return None
         forward = self.run.current_forward()
         if forward is None:
-            self._warn_if_stray(module)
+            self._warn_if_stray()
             return None
         if not self._gates_in(forward.phase):
             return None
@@ -229,7 +229,7 @@ class GateHook(Hook):
         # A block may return another dtype than it takes, under autocast.
         return torch.zeros_like(x) if source is None else source.to(x.dtype, copy=True)
 
-    def _warn_if_stray(self, module: nn.Module) -> None:
+    def _warn_if_stray(self) -> None:
         run = self.run
         if run.forwards.running or run.pauses or not (run.model.training and torch.is_grad_enabled()):
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rdp import gates, setup, traced
 from rdp.discovery.trace import tensors_in
@@ -64,15 +64,16 @@ def end(run: Run, output: Any) -> Any:
         return None
     if forward is None or not torch.is_grad_enabled():
         return None
-    tensors = list(tensors_in(output))
-    leaf = next((i for i, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
-    if leaf is None or (not run.agreement.several and any(tensor.requires_grad for tensor in tensors)):
+    floating = [(leaf, x) for leaf, x in enumerate(tensors_in(output)) if x.is_floating_point()]
+    learning = [(leaf, x) for leaf, x in floating if x.requires_grad]
+    if not floating or (learning and not run.agreement.several):
         return None
     # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits for the
     # gradients of branches that are out of the graph on this rank.
     parameters = [p for group in run.by_branch for p in present(group) if p.requires_grad]
-    linked = gates.link(tensors[leaf], parameters)
-    return linked if isinstance(output, Tensor) else gates.replace_leaf(output, leaf, linked)
+    for leaf, x in learning[:1] or floating:  # where nothing has a graph, any of them may be what the loss is made of
+        output = gates.replace_leaf(output, leaf, gates.link(x, parameters))
+    return output
 
 
 def may_leave_no_graph(run: Run) -> bool:

@@ -37,6 +37,8 @@ class Ranks:
 
     def __init__(self, process_group: Any = None) -> None:
         if process_group is not None:
+            if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # as new_group returns it
+                raise ArgumentError("process_group must contain this process; it is of others")
             if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
                 kind = type(process_group).__name__
                 raise ArgumentError(f"process_group must be a torch.distributed.ProcessGroup or None; got {kind}")

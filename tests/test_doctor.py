@@ -95,6 +95,20 @@ def test_a_branch_that_was_replaced_lost_its_hook():
     assert any("`layers.1` lost the hook" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("where", ["in a branch", "a branch"])
+def test_what_was_added_after_the_branches_were_found_is_named(where):
+    model = CASE.model()
+    handle = CASE.attach(model)
+    train(model, handle.wrap(sgd(model.parameters())), 2)
+    if where == "in a branch":
+        nn.utils.parametrizations.weight_norm(model.layers[1][0])
+    else:
+        model.layers.append(nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double())
+    name = "layers.1.0.parametrizations.weight.original0" if where == "in a branch" else "layers.3.0.weight"
+    model(model.rows(2, 0))
+    the_problem(handle, f"`{name}`", "added after", "attach again")
+
+
 def test_a_branch_that_no_forward_reaches_is_named():
     case = Case(LoopMLP, (3,), rate=0.5, decay="constant")
     model = case.model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -395,6 +396,38 @@ def test_after_an_interrupted_forward_checkpoints_recompute_the_masks_of_theirs(
         model.zero_grad()
         reference.zero_grad()
         handle.advance()
+
+
+def test_a_plain_forward_in_another_thread_disturbs_nothing():
+    """Pictures or scores that a thread makes while the training forward is in the middle of the model."""
+    case = Case(BlockMLP, (KINDS,), mode="row", rate=0.5, decay="constant", seed=3)
+    model, twin = case.model(), case.model()
+    handle = case.attach(model, compute="dense", example_inputs=model.rows(2, 0))
+    case.attach(twin, compute="dense", example_inputs=model.rows(2, 0))
+    inside, go_on, main = threading.Event(), threading.Event(), threading.current_thread()
+    x, outputs = model.rows(4, 0), []
+
+    @torch.no_grad()
+    def look() -> None:
+        outputs.append(model(x))
+
+    def together(*_: object) -> None:
+        if threading.current_thread() is main:
+            thread.start()
+            assert inside.wait(60)
+        else:
+            inside.set()
+            assert go_on.wait(60)
+
+    thread = threading.Thread(target=look)
+    hook = model.body[0].register_forward_hook(together)
+    trained = model(x)
+    go_on.set()
+    thread.join()
+    hook.remove()
+    assert torch.equal(trained, twin(x))
+    assert torch.equal(outputs[0], case.model()(x))
+    assert handle._run.progress.forwards == 1
 
 
 def test_a_model_that_calls_itself_is_not_taken_for_an_interrupted_one():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import pytest
 import timm.layers
@@ -15,6 +17,7 @@ from laws.architectures import BlockMLP, LoopMLP, ParallelBlock, Transformer
 from laws.strategies import Case
 from laws.training import anatomy, identical, loss
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import rdp
 from rdp import Phase, hooks
@@ -278,11 +281,17 @@ def test_the_handle_prints_its_branches():
     model, handle = setup(decay="linear")
     assert "ResidualDropPath" in repr(handle)
     model(model.rows(2, 0))
+    assert "DROP; branches will be found in the first training forward" in repr(CASE.attach(CASE.model()))
     text = str(handle)
     for branch in handle.branches:
         assert branch.name in text
         assert f"{branch.rate:.3g}" in text
     assert "DROP" in text
+    handle.remove()
+    assert "removed" in repr(handle)
+    never_used = CASE.attach(CASE.model())
+    never_used.remove()
+    assert repr(never_used).endswith("removed")
 
 
 # -- inputs and branches ---------------------------------------------------------------------------------------------
@@ -311,6 +320,19 @@ def test_example_inputs_may_be_a_tensor_a_tuple_or_a_dict(example):
     assert [branch.name for branch in handle.branches] == ["body.layers.0", "body.layers.1"]
 
 
+def test_inference_mode_neither_keeps_branches_from_being_found_nor_lasts():
+    """A tensor made in it would; it says so, since its versions cannot be followed."""
+    model, twin = CASE.model(), CASE.model()
+    x = model.rows(4, 0)
+    with torch.inference_mode():
+        handle = CASE.attach(model, example_inputs=x)
+        with pytest.raises(rdp.ArgumentError, match=r"made under torch\.inference_mode.* pass a clone"):
+            CASE.attach(twin, example_inputs=(model.rows(2, 0).clone(),))
+    assert len(handle.branches) == 3
+    loss(model(x)).backward()
+    assert model.stem.weight.grad is not None
+
+
 def test_keyword_inputs_find_branches_at_the_first_forward_too():
     model = TwoInputs()
     handle = rdp.attach(model, rate=0.9, decay="constant", mode="row")
@@ -319,6 +341,69 @@ def test_keyword_inputs_find_branches_at_the_first_forward_too():
     assert handle.masks.shape == (2, 5)
     handle.remove()
     assert not torch.equal(output, model(x=x, other=other))
+
+
+@dataclass
+class Scored:
+    output: Tensor
+    score: float = field(default=0.5, init=False)
+
+
+class Named(list):
+    def __init__(self, *, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def named(x: Tensor) -> Named:
+    made = Named(name="mine")
+    made.append(x)
+    return made
+
+
+CONTAINERS = {
+    "defaultdict": (lambda x: defaultdict(list, output=x), lambda out: out["output"]),
+    "list subclass": (named, lambda out: out[0] if out.name == "mine" else None),
+    "dataclass": (Scored, lambda out: out.output if out.score == 0.5 else None),
+    "model output": (lambda x: BaseModelOutput(last_hidden_state=x), lambda out: out.last_hidden_state),
+    "named tuple": (lambda x: torch.return_types.max((x, x.argmax(1))), lambda out: out.values),
+    "set before it": (lambda x: ({torch.zeros(2)}, x), lambda out: out[1]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("where", ["branch", "model"])
+def test_outputs_may_be_of_any_container(kind, where):
+    """A branch that returns it is gated in it, and a model that returns it is linked to its branches (batch mode)."""
+    make, take = CONTAINERS[kind]
+
+    class Wrapped(nn.Linear):
+        def forward(self, x: Tensor) -> object:
+            return make(super().forward(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = Wrapped(4, 4) if where == "branch" else nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> object:
+            return x + take(self.f(x)) if where == "branch" else make(x + self.f(x))
+
+    model = Net()
+    handle = rdp.attach(model, 0.9, mode="row" if where == "branch" else "batch", branches=["f"], seed=1)
+    x = torch.randn(6, 4)
+    output = model(x)
+    output = output if where == "branch" else take(output)
+    dropped = ~handle.masks[0]
+    assert dropped.any()
+    assert torch.equal(output[dropped], x[dropped])
+    assert output.requires_grad
+    loss(output).backward()
+
+
+def test_a_process_group_of_others_is_refused_as_new_group_returns_it():
+    with pytest.raises(rdp.ArgumentError, match="process_group must contain this process; it is of others"):
+        rdp.attach(CASE.model(), process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
 
 
 def test_branches_by_name_drop_and_no_others():

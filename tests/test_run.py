@@ -1,0 +1,235 @@
+"""`rdp.run` and the words of the handle: what a step, a closure and another optimizer change, and each message."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+
+import pytest
+import torch
+from laws.architectures import BlockMLP
+from laws.strategies import Case
+from laws.training import loss
+from torch import nn
+from torch.optim import SGD
+
+import rdp
+from rdp import Phase
+
+CASE = Case(BlockMLP, (("plain", "norm", "plain"),), rate=0.6, decay="constant", seed=2)
+
+
+def attached(**changes) -> tuple[nn.Module, rdp.ResidualDropPath]:
+    model = CASE.model()
+    return model, CASE.attach(model, **{"example_inputs": model.rows(2, 0)} | changes)
+
+
+def forward(model: nn.Module, rows: int = 4, seed: int = 0) -> None:
+    loss(model(model.rows(rows, seed))).backward()
+
+
+@contextlib.contextmanager
+def told(*messages: str):
+    """Just these warnings, and no others."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [(str(w.message), w.category) for w in caught] == [(message, rdp.RdpWarning) for message in messages]
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_forward_is_told_once():
+    model, handle = attached()
+    optimizer = handle.wrap(SGD(model.parameters(), lr=0.1))
+    with told(
+        "the optimizer stepped, but no gated training forward of the attached model came before it: Residual DropPath "
+        "had no part in this step. Is the model in eval mode, or was only a part of it called?"
+    ):
+        optimizer.step()
+        optimizer.step()
+    assert handle.step_count == 2
+    handle.remove()
+    with told():
+        optimizer.step()
+
+
+def test_an_optimizer_whose_place_was_taken():
+    model, handle = attached()
+    old, new = (handle.wrap(kind(model.parameters(), lr=0.1)) for kind in (SGD, torch.optim.Adam))
+    assert handle._run.optimizers == [new]
+    forward(model)
+    with told():
+        new.step()
+    forward(model)
+    with told(
+        "this SGD stepped, although the handle has wrapped another optimizer over some of the same parameters since, "
+        "which took its place. Give each parameter to one optimizer; where several alternate, step plain ones and call "
+        "handle.advance() after each step"
+    ):
+        old.step()
+
+
+def test_an_optimizer_of_other_parameters():
+    _, handle = attached()
+    with pytest.raises(rdp.ArgumentError) as error:
+        handle.wrap(SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    assert str(error.value) == (
+        "this SGD holds no parameter of the attached BlockMLP; build it from model.parameters() of the very model that "
+        "was attached"
+    )
+    assert handle._run.optimizers == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shown"),
+    [("text", "'text'"), (torch.zeros(0, 3), "a tensor of shape (0, 3)"), ({}, "{}"), ((), "()")],
+)
+def test_inputs_that_cannot_be_called_with(inputs, shown):
+    model = CASE.model()
+    with pytest.raises(rdp.ArgumentError) as error:
+        CASE.attach(model).discover(inputs)
+    assert str(error.value) == (
+        "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword arguments, with "
+        f"at least one row; got {shown}"
+    )
+
+
+def test_the_ranks_of_a_state():
+    model, handle = attached()
+    forward(model)
+    state = handle.state_dict()
+    assert state["ranks"] == 1
+    for damaged in ("one", None):
+        with pytest.raises(rdp.StateError) as error:
+            attached()[1].load_state_dict(state | {"ranks": damaged})
+        assert str(error.value) == f"ranks in the state is damaged or missing: {damaged!r}. Load another one"
+    with pytest.raises(rdp.StateError) as error:
+        attached()[1].load_state_dict(state | {"ranks": 4})
+    assert str(error.value) == (
+        "the state was saved by 4 ranks and is loaded by 1, whose rows would be masked otherwise. Resume with 4, or "
+        "set state['ranks'] = 1 to accept other masks from here on"
+    )
+    model, handle = attached(mode="batch")
+    handle.load_state_dict(handle.state_dict() | {"ranks": 4})  # all ranks have one mask
+
+
+def test_a_removed_handle_is_of_no_use():
+    model, handle = attached()
+    handle.remove()
+    for use in (lambda: handle.wrap(SGD(model.parameters(), lr=0.1)), lambda: handle.discover(model.rows(2, 0))):
+        with pytest.raises(rdp.AttachError) as error:
+            use()
+        assert str(error.value) == ("this handle was removed from its BlockMLP; attach again with rdp.attach(model)")
+
+
+def test_how_a_handle_is_printed():
+    model = CASE.model()
+    handle = CASE.attach(model)
+    head = "ResidualDropPath(BlockMLP, rate=0.6, mode='row'): "
+    assert repr(handle) == f"{head}step 0, phase DROP; branches will be found in the first training forward"
+    forward(model)
+    handle.advance()
+    table = [re.sub(" +", " ", line) for line in repr(handle).splitlines()]
+    assert table == [
+        f"{head}step 1, phase FREEZE",
+        "branch rate kind compute parameters note",
+        *(f"body.{i}.fc2 0.600 identity rows {4 + 2 * (i == 1)}" for i in range(3)),
+    ]
+    handle.remove()
+    assert repr(handle).startswith(f"{head}removed\nbranch ")
+
+
+# -- when a step is over ----------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_over_when_all_optimizers_have_stepped():
+    model, handle = attached()
+    first, second = (handle.wrap(SGD(part.parameters(), lr=0.1)) for part in (model.body, model.head))
+    for step in range(3):
+        forward(model, seed=step)
+        assert handle.step_count == step
+        (first if step % 2 else second).step()
+        assert handle.step_count == step
+        (second if step % 2 else first).step()
+        assert handle.step_count == step + 1
+
+
+def test_one_of_several_that_steps_twice_ends_the_step_too():
+    model, handle = attached()
+    first, _ = (handle.wrap(SGD(part.parameters(), lr=0.1)) for part in (model.body, model.head))
+    forward(model)
+    first.step()
+    assert handle.step_count == 0
+    first.step()
+    assert handle.step_count == 1
+
+
+def test_frozen_parameters_are_those_of_branches_that_no_row_learns_in():
+    model, handle = attached(mode="batch")
+    seen = set()
+    for step in range(8):
+        forward(model, seed=step)
+        kept = handle.masks[:, 0]
+        learns = kept if handle.phase is Phase.DROP else ~kept
+        frozen = set(handle.frozen)
+        expected = {
+            name
+            for branch, alive in zip(handle.branches, learns, strict=True)
+            if not alive
+            for name in branch.parameters
+        }
+        assert frozen == expected
+        seen |= frozen
+        handle.advance()
+    assert seen == {name for branch in handle.branches for name in branch.parameters}
+
+
+def test_what_ranks_must_have_in_common():
+    _, handle = attached(seed=5, phases=(Phase.DROP, Phase.FREEZE, Phase.PLAIN))
+    handle.advance()
+    assert handle._run._facts() == {
+        "the step": 1,
+        "the branches": ["body.0.fc2", "body.1.fc2", "body.2.fc2"],
+        "the rates": [0.6] * 3,
+        "the seed": 5,
+        "the phases, mode or sampling": ((Phase.DROP, Phase.FREEZE, Phase.PLAIN), "row", "bernoulli"),
+    }
+    assert handle.join_device == torch.device("cpu")
+
+
+def test_pauses_are_counted():
+    model, handle = attached()
+    with handle.paused():
+        with handle.paused():
+            pass
+        model(model.rows(2, 0))
+        assert handle._run.pauses == 1
+    assert handle._run.pauses == 0
+    assert handle._run.watch.forwards == 0
+
+
+def test_a_rank_that_was_out_of_data_catches_up():
+    _, handle = attached()
+    hook = handle.join_hook()
+    assert hook._step_count() == 0
+    hook._skip_to(3)
+    assert (handle.step_count, handle.phase, hook._step_count()) == (3, Phase.FREEZE, 3)
+    assert handle._run.traced_phase is Phase.FREEZE
+    hook._skip_to(2)
+    assert handle.step_count == 3
+
+
+def test_parameters_that_a_state_moves_are_no_steps():
+    model, handle = attached()
+    handle.wrap(SGD(model.parameters(), lr=0.1))
+    with told():
+        for step in range(3):
+            forward(model, seed=step)
+            with torch.no_grad():
+                model.head.weight.add_(1)
+            handle.load_state_dict(handle.state_dict())
+        forward(model)
+    assert handle.check().problems == ()
