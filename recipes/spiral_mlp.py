@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +88,7 @@ class Config:
     out: Path | None = None
     """Folder for everything that is written; default: runs/spiral_mlp/DATE."""
     resume: Path | None = None
-    """Go on with the run in this folder, with its settings."""
+    """Go on with the run in this folder, with the settings that it was started with."""
 
 
 PRESETS = {
@@ -198,17 +200,25 @@ def save_checkpoint(
     """Write all that the rest of the run and `tools/figures.py` need; the old file stays until the new one is whole."""
     settings = {name: getattr(config, name) for name in ("depth", "width", "samples", "seed", "rate")}
     state = {"epoch": epoch, "algorithm": algorithm, "snapshots": snapshots, **settings}
-    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, folder / "checkpoint.tmp")
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    try:
+        torch.save(state, folder / "checkpoint.tmp")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch's file writer raises a RuntimeError on a full disk
+        raise SystemExit(f"cannot write {folder / 'checkpoint.pt'}: {error}") from error
 
 
 def load_checkpoint(folder: Path, parts: dict[str, Any]) -> tuple[int, Snapshots]:
     """Put the checkpoint in `folder`, if there is one, into the parts; return the number of epochs done, and the
     snapshots made in them.
     """
-    if not (folder / "checkpoint.pt").exists():
+    path = folder / "checkpoint.pt"
+    if not path.exists():
         return 0, {}
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{path} is damaged, remove it to start this algorithm again: {error}") from error
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["epoch"], state["snapshots"]
@@ -220,22 +230,44 @@ def configure(args: Sequence[str] | None = None) -> Config:
     first.add_argument("--preset", choices=PRESETS, default="quick")
     preset = first.parse_known_args(args)[0].preset
     config = tyro.cli(Config, args=args, default=PRESETS[preset], description=__doc__)
-    for name in ("depth", "epochs", "batch_size", "samples"):
-        if getattr(config, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1; got {getattr(config, name)}")
-    if config.width < 2:
-        raise SystemExit(f"--width must be at least 2, for the two coordinates of a point; got {config.width}")
+    check(config)
     return config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be trained, before anything is written."""
+
+    def require(fits: bool, name: str, range_: str) -> None:
+        if not fits:
+            raise SystemExit(f"--{name.replace('_', '-')} must be {range_}; got {getattr(config, name)}")
+
+    for name in ("depth", "epochs", "batch_size", "samples"):
+        require(getattr(config, name) >= 1, name, "at least 1")
+    require(config.width >= 2, "width", "at least 2, for the two coordinates of a point")
+    require(config.pictures >= 0, "pictures", "at least 0")
+    require(0 <= config.rate < 1, "rate", "at least 0 and below 1")
+    require(0 < config.lr < math.inf, "lr", "a number above 0")
+    require(all(0 <= beta < 1 for beta in config.betas), "betas", "two numbers, each at least 0 and below 1")
+    require(0 <= config.seed < 2**32, "seed", "at least 0 and below 2**32")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def open_run(config: Config) -> tuple[Config, Path]:
     """The folder of the run, with its settings written into it, or read from it with --resume."""
     if config.resume is not None:
+        untouched = dataclasses.replace(PRESETS[config.preset], preset="quick", resume=config.resume)
+        given = [f.name for f in fields(Config) if getattr(config, f.name) != getattr(untouched, f.name)]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise SystemExit(f"--resume takes the settings that the run was started with: leave out {options}")
         try:
             settings = json.loads((config.resume / "config.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            return Config(**settings | {"betas": tuple(settings["betas"])}), config.resume
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"{config.resume} is no folder of a run to go on with: {error}") from error
-        return Config(**settings | {"betas": tuple(settings["betas"])}), config.resume
     folder = config.out or Path("runs", "spiral_mlp", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     if (folder / "config.json").exists():
         raise SystemExit(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")

@@ -175,6 +175,8 @@ def measure(loaders: dict[str, Epoch], images: int, rounds: int) -> dict[str, fl
 
 def main(config: Config) -> None:
     """Measure and print the table."""
+    if min(config.small_images, config.batch_size, config.rounds, config.workers) < 1 or config.photographs < 2:
+        sys.exit("all numbers must be at least 1, and --photographs 2: one of each class")
     if not ffcv_is_installed():
         print("FFCV is not installed: its rows are missing (docs/data.md says how to install it).")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

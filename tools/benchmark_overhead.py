@@ -29,8 +29,10 @@ class Args:
 
     branches: int = 32
     width: int = 8
+    """Numbers in a row of the tiny model."""
     batch_size: int = 32
     steps: int = 200
+    """Of each measurement, DROP and FREEZE in turn."""
     model: str = "resnet50"
     """A timm model whose plain step the overhead is compared with; "" for none."""
     resolution: int = 224
@@ -82,6 +84,10 @@ def microseconds(args: Args, rate: float, phase: rdp.Phase, mode: Literal["row",
 
 def main(args: Args) -> None:
     """Measure and print."""
+    if min(args.branches, args.width, args.batch_size, args.resolution) < 1 or args.steps < 2:
+        raise SystemExit("all numbers must be at least 1, and --steps 2: a DROP and a FREEZE step")
+    if args.model and not timm.is_model(args.model):
+        raise SystemExit(f'timm has no model {args.model!r}; --model "" leaves the comparison out')
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads, {args.branches} branches\n")
     print("| what | mode | phase | us a branch and step |")
     print("|---|---|---|---:|")

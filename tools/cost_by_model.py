@@ -11,9 +11,11 @@ dense, for the reason that `print(handle)` gives (BatchNorm, mostly).
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -21,11 +23,14 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from zoo import Entry, timm_models
 
 import rdp
 from rdp.discovery.find import find_branches
 from rdp.discovery.trace import tensors_in
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.zoo import Entry, timm_models
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Args:
     only: tuple[str, ...] = ()
     """Beginnings of the names of timm families; all, if there are none."""
     batch_size: int = 16
+    """Even: two rows are repeated."""
     cycles: int = 8
     rate: float = 0.1
 
@@ -92,7 +98,11 @@ def row(entry: Entry, args: Args) -> str | None:
 def main(args: Args) -> None:
     """Measure and print."""
     warnings.simplefilter("ignore")
+    if args.batch_size < 2 or args.batch_size % 2 or args.cycles < 1:
+        sys.exit("--batch-size must be even and at least 2, --cycles at least 1")
     chosen = [e for e in timm_models() if e.check and (not args.only or e.family.startswith(args.only))]
+    if not chosen:
+        sys.exit(f"no family of timm begins with {', '.join(args.only)}; see tools/zoo.py")
     print(f"torch {torch.__version__}, timm {timm.__version__}, batch {args.batch_size}, rate {args.rate}\n")
     print("| family | model | branches on rows | share of a forward | FLOPs of training | what stays dense, and why |")
     print("|---|---|---:|---:|---:|---|")

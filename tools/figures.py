@@ -37,7 +37,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint of the recipe."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise SystemExit(f"cannot read the checkpoint {path}: {error}") from error
     if not isinstance(state, dict) or "snapshots" not in state:
         raise SystemExit(f"{path} is no checkpoint of recipes/spiral_mlp.py")
@@ -122,8 +122,10 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figu
         print(f"{size}\n\n{table(algorithms)}\n")
         distances = {name: torch.stack([m.distance for m in found]) for name, found in algorithms.items()}
         ckas = {name: torch.stack([m.cka for m in found]) for name, found in algorithms.items()}
-        depth = size.split(",")[0].replace(" ", "_")
-        pictures[f"comparison_{depth}"] = comparison_panel(distances, ckas, title=size)
+        name = f"comparison_{size.split(',')[0]}".replace(" ", "_")
+        if name in pictures:  # another width, or another number of epochs
+            name = f"comparison_{size}".replace(", ", "_").replace(" ", "_")
+        pictures[name] = comparison_panel(distances, ckas, title=size)
     write(pictures, out)
 
 

@@ -29,6 +29,9 @@ from rdp.discovery.find import Discovery, find_branches
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import find_residuals
 from rdp.discovery.trace import Trace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tools.semantics import check_gating
 from tools.zoo import Entry, zoo
 
@@ -195,6 +198,14 @@ def _read(results: Path) -> dict[str, Row]:
     return rows
 
 
+def _split(document: Path) -> tuple[str, str]:
+    """What stands before and after the table."""
+    text = document.read_text() if document.is_file() else ""
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{document} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
+    return text.partition(BEGIN)[0], text.partition(END)[2]
+
+
 def main(
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FAMILY")] = (),
     discover_only: bool = False,
@@ -204,13 +215,19 @@ def main(
     """Run discovery, and the semantic check, on every model of the zoo.
 
     Args:
-        only: Families, or packages, to which to confine the run.
+        only: Families, packages or models to which to confine the run.
         discover_only: Leave the semantic check out.
         results: Where finished rows are kept; delete it to start anew.
         write: Replace the table in this document; by default it is printed.
     """
+    if write is not None:
+        if only:
+            sys.exit(f"--only is a part of the table, and --write would put it in place of the whole in {write}")
+        _split(write)  # an hour is too late to learn that it has no place
     torch.set_num_threads(1)
-    entries = [e for e in zoo() if not only or e.family in only or e.source in only or e.name in only]
+    entries = [e for e in zoo() if not only or {e.family, e.source, e.name} & set(only)]
+    if unknown := set(only) - {name for e in entries for name in (e.family, e.source, e.name)}:
+        sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tools/zoo.py")
     done = _read(results)
     with results.open("a") as stream:
         for entry in (bar := tqdm(entries, disable=None)):
@@ -227,10 +244,7 @@ def main(
     if write is None:
         print(table)
         return
-    text = write.read_text()
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{write} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    before, after = _split(write)
     write.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
 
 

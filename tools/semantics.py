@@ -128,7 +128,8 @@ def _watch_gates(model: nn.Module, handle: rdp.ResidualDropPath) -> tuple[set[st
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 

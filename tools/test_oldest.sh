@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=quick
 
 torch=${1:-$(sed -n 's/^dependencies = \["torch>=\(.*\)"\]$/\1/p' pyproject.toml)}
+[[ $torch =~ ^2\.[0-9]+$ ]] || { echo "TORCH must be a version such as 2.6, not $torch" >&2; exit 2; }
 environment=${2:-$(dirname "$(mktemp -u)")/rdp-torch-$torch}
 torchvision=0.$((${torch#2.} + 15)) # released together: 2.6 and 0.21, 2.7 and 0.22, ...
 

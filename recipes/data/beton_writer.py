@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data import beton
 from data.datasets import Arrays
+from data.disk import sync_folder
 from data.errors import DataError
 from data.folder import Folder, read_image
 
@@ -154,7 +155,7 @@ def write_beton(
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror or error}); nothing was left behind") from error
     return beton.open_beton(path)
@@ -237,11 +238,3 @@ def _verify(path: Path, checksums: list[int]) -> None:
 
 def _next_page(position: int, page_size: int) -> int:
     return -(-position // page_size) * page_size
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -98,6 +98,11 @@ class FFCVLoader:
 def _compile(beton: Beton, batch_size: int, workers: int) -> Pipeline:
     with _torch_threads_kept():
         try:
+            import numba
+
+            # Its own threads, not TBB's, which it prefers: a process that forked after using those (DataLoader does)
+            # waits forever when it exits. FFCV starts them when it is imported.
+            numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
             from data.ffcv_pipeline import Pipeline
         except ImportError as error:
             raise DataError(

@@ -34,7 +34,7 @@ Buffers = dict[str, dict[int, Any]]
 BOX = slice(4)  # columns of the decoder's third buffer: top, left, height, width
 FAILED = 4  # and what libjpeg-turbo returned
 
-_ONE_BATCH_AT_A_TIME = threading.Lock()  # numba's fallback threading layer aborts the process on concurrent use
+_ONE_BATCH_AT_A_TIME = threading.Lock()  # numba's own threads abort the process on concurrent use
 
 
 class Pipeline:

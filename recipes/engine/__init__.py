@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from engine.config import Config, ConfigT, parse
 from engine.errors import RunError, explained
-from engine.folder import is_finished
+from engine.folder import is_finished, seed_folder
 from engine.launch import World, join, launch
 from engine.loaders import open_loaders
 from engine.model import make_model
@@ -51,6 +51,8 @@ def main(configure: Callable[[list[str]], ConfigT], run: Callable[[ConfigT, int,
                 print(config.describe(), flush=True)
             for seed in range(config.seed, config.seed + config.seeds):
                 if world.highest(world.is_first and is_finished(config, seed)):
+                    if world.is_first:
+                        print(f"{seed_folder(config, seed)} is finished: nothing to do", flush=True)
                     continue
                 seed_all(seed)
                 run(config, seed, world)

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from data.disk import sync_folder
+
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace a file by way of a temporary one beside it, flushed to the disk before it takes the name.
@@ -29,13 +31,4 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
         error.filename = str(path)  # the user knows this file, not the temporary one
         raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    # A rename survives a power cut only when the folder itself is flushed.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -48,9 +48,16 @@ def is_finished(config: Config, seed: int) -> bool:
 
 
 def begin(config: Config, seed: int) -> Path:
-    """Make the results folder and write down what will run, and on what."""
+    """Make the results folder and write down what will run, and on what.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
     folder = seed_folder(config, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the results folder {folder}: {error.strerror}; choose another --out") from error
     write_json(folder / "environment.json", environment())
     write_json(folder / "config.json", config.to_json())
     return folder

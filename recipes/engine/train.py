@@ -65,7 +65,9 @@ def train(
     model.to(device).to(memory_format=layout)
     images, labels = next(iter(train_data.epoch(0)))
     check_model(model, images[:2], config.model)
-    flops = relative_flops(model, config, images, labels)
+    autocast = _autocast(config, device)
+    flops = relative_flops(model, config, images, labels, autocast)
+    flops = float(world.sum(torch.tensor(flops, dtype=torch.float64))) / world.size  # each process has masks of its own
     epochs = matched_epochs(config, flops)
     ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
     handle = attach(model, config, seed=seed, example=images[:2])
@@ -76,7 +78,6 @@ def train(
     optimizer = inner if handle is None else handle.wrap(inner)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    autocast = _autocast(config, device)
     seed_all(seed * world.size + world.rank)  # dropout differs between processes
 
     # Where the run stands.
@@ -101,6 +102,8 @@ def train(
     records.open_panels(handle, images[:PROBE])
 
     def save() -> None:
+        # Lest a run that diverged replaces the checkpoints that are still good.
+        _require_finite("training", float(world.sum(state.loss_sum)), state.epoch)
         content = state.state_dict() | {"history": records.history}
         if world.is_first:
             checkpoint.save(folder / "checkpoints", content, state.epoch, state.step)
@@ -157,9 +160,7 @@ def train(
             numbers = {"lr": optimizer.param_groups[0]["lr"], **_training_numbers(state, world, config)}
             networks = {"": model} if ema is None else {"": model, "ema_": ema.module}
             for prefix, network in networks.items():
-                if (
-                    world.size > 1
-                ):  # BatchNorm's statistics differ between processes: the first one's are saved, test those
+                if world.size > 1:  # BatchNorm's statistics differ: those of the first process are saved, so tested
                     distribute_bn(network, world.size, reduce=False)
                 tested = evaluate(
                     network.eval(),

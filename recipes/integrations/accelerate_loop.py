@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from digits import digits, small_vit
+from digits import check_steps, digits, small_vit
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from watch import Watch
@@ -74,9 +74,10 @@ def main(steps: int = 8, precision: Literal["no", "bf16"] = "no") -> None:
     """Train for a few optimizer steps of two batches each.
 
     Args:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, up to 16.
         precision: bf16 for automatic mixed precision.
     """
+    check_steps(steps)
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     print(train(accelerator, batches=2 * steps))
 

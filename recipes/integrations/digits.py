@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+BATCHES = 32  # of 32 digits; two make an optimizer step
 MNIST10K = Path(__file__).parents[1] / "data" / "mnist10k.npz"
 
 
@@ -19,6 +20,12 @@ def digits(samples: int) -> TensorDataset:
         images, labels = file["images"][:samples], file["labels"][:samples]
     normalized = (torch.from_numpy(images)[:, None].float() / 255 - 0.1307) / 0.3081
     return TensorDataset(normalized, torch.from_numpy(labels).long())
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a number of optimizer steps that one pass over the digits does not have."""
+    if not 1 <= steps <= BATCHES // 2:
+        raise SystemExit(f"--steps must be from 1 to {BATCHES // 2}, one pass over the digits; got {steps}")
 
 
 def small_vit() -> nn.Module:

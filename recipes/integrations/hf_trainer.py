@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import tyro
-from digits import digits
+from digits import check_steps, digits
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset
 from transformers import (
@@ -115,8 +115,9 @@ def main(steps: int = 8) -> None:
     """Train for a few optimizer steps of two batches each.
 
     Args:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, up to 16.
     """
+    check_steps(steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, steps, save_strategy="no")
         trainer.train()

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 import tyro
-from digits import digits, small_vit
+from digits import check_steps, digits, small_vit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -76,9 +76,10 @@ def main(steps: int = 8, manual: bool = False) -> None:
     """Train for a few optimizer steps of two batches each.
 
     Args:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, up to 16.
         manual: Use manual optimization.
     """
+    check_steps(steps)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -115,6 +115,8 @@ def main(epochs: int = 2, opt: str = "adamw") -> None:
         epochs: Number of epochs.
         opt: Name of an optimizer of timm's factory.
     """
+    if epochs < 1:
+        raise SystemExit(f"--epochs must be at least 1; got {epochs}")
     with TemporaryDirectory() as folder:
         run = Run(Path(folder), opt)
         run.train(epochs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import tyro
-from digits import digits, small_vit
+from digits import check_steps, digits, small_vit
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from watch import Watch
@@ -91,9 +91,10 @@ def main(steps: int = 8, compile: str | None = None) -> None:
     """Train for a few optimizer steps of two batches each.
 
     Args:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, up to 16.
         compile: Backend of `torch.compile`.
     """
+    check_steps(steps)
     recipe = Recipe(compile=compile)
     recipe.setup()
     recipe.train(steps)

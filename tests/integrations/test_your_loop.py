@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from digits import digits, small_vit
-from test_optimizers import SAM
+from test_schedule_free_and_sam import SAM
 
 import rdp
 

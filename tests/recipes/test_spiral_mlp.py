@@ -128,7 +128,14 @@ def test_standard_is_plain_training_bit_for_bit(tmp_path: Path) -> None:
     [
         (["--width", "1"], "--width must be at least 2"),
         (["--epochs", "0"], "--epochs must be at least 1; got 0"),
-        (["--rate", "1.5"], "rate"),
+        (["--rate", "1.5"], "--rate must be at least 0 and below 1; got 1.5"),
+        (["--rate", "nan"], "--rate must be .*; got nan"),
+        (["--lr", "inf"], "--lr must be a number above 0; got inf"),
+        (["--lr", "-1"], "--lr must be .*; got -1.0"),
+        (["--betas", "0.9", "2"], r"--betas must be .*; got \(0.9, 2.0\)"),
+        (["--pictures", "-1"], "--pictures must be at least 0; got -1"),
+        (["--seed", "99999999999999999999"], r"--seed must be at least 0 and below 2\*\*32"),
+        (["--device", "abacus"], "--device abacus cannot be used: "),
         (["--resume", "nowhere"], "nowhere is no folder of a run"),
         (["--out", "/dev/null/run"], "cannot write to /dev/null/run"),
     ],
@@ -138,7 +145,28 @@ def test_wrong_arguments_are_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
-        spiral_mlp.main([*TINY, *arguments])
+        spiral_mlp.main([*TINY, *arguments] if "--resume" not in arguments else arguments)
+    assert not list(tmp_path.iterdir())  # so that the right command is not told that the folder holds a run
+
+
+def test_a_resumed_run_takes_no_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"leave out --preset, --epochs, --batch-size$"):
+        spiral_mlp.main(["--resume", str(tmp_path), "--preset", "paper-large", "--epochs", "3", "--batch-size", "8"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"betas": 1}', '{"betas": [0, 0], "nonsense": 1}'])
+def test_a_folder_whose_settings_are_damaged_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match=f"{tmp_path} is no folder of a run"):
+        spiral_mlp.main(["--resume", str(tmp_path)])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    spiral_mlp.main(["--out", str(tmp_path / "run"), *TINY, "--algorithm", "rdp"])
+    checkpoint = tmp_path / "run" / "rdp" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=f"{checkpoint} is damaged, remove it"):
+        spiral_mlp.main(["--resume", str(tmp_path / "run")])
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The real FFCV gives what the other loaders give, and does none of what it does when left to itself."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -201,6 +204,27 @@ def test_torchs_threads_are_left_alone(digits):
             assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+
+
+FORKED = """
+import os, sys
+from contextlib import closing
+from data import make_loader
+
+options = {"train": False, "batch_size": 500, "device": "cpu", "data_dir": sys.argv[1], "loader": "ffcv"}
+with closing(make_loader("mnist10k", "test", **options)) as loader:
+    list(loader.epoch(0))
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_process_that_forked_ends(digits):
+    recipes = str(Path(beton.__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", FORKED, digits], env=os.environ | {"PYTHONPATH": recipes}, check=True, timeout=300
+    )
 
 
 def test_numbas_types_are_left_alone(shared):

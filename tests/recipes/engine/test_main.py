@@ -77,7 +77,8 @@ def test_a_folder_in_use_a_finished_run_and_other_settings(
     assert said == f"{tmp_path}/seed-0 already holds a run: go on with --resume, or choose another --out"
     said = refusal(monkeypatch, capsys, *args, "--resume", "--lr", "0.3")
     assert said == f"{tmp_path}/seed-0 was started with other settings, so --resume is refused: lr: 0.1 -> 0.3"
-    recipe(monkeypatch, *args, "--resume")  # finished: nothing to do
+    recipe(monkeypatch, *args, "--resume")
+    assert f"{tmp_path}/seed-0 is finished: nothing to do\n" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -118,7 +119,8 @@ def test_a_results_folder_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     said = refusal(monkeypatch, capsys, "--algorithm", "standard", "--out", str(tmp_path / "file" / "out"))
-    assert said == f"cannot use {tmp_path}/file/out/seed-0: Not a directory"
+    folder = tmp_path / "file" / "out" / "seed-0"
+    assert said == f"cannot make the results folder {folder}: Not a directory; choose another --out"
 
 
 def test_nothing_to_resume_is_said_and_started_from_the_beginning(

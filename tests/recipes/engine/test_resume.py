@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Config
+from engine import Config, RunError
 from engine.checkpoint import find
 
 from tests.recipes.engine.tiny import Crash, final_state, run_in_process, tiny_config, train_tiny
@@ -165,3 +165,12 @@ def newest(config: Config) -> str:
             return next((path.name for path in reversed(find(config.folder / "seed-0" / "checkpoints"))), "")
         except FileNotFoundError:  # the run has just removed an old one
             continue
+
+
+def test_a_run_that_diverges_keeps_the_checkpoints_before(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, lr=1e30, checkpoint_minutes=EACH_STEP)
+    with pytest.raises(RunError, match=r"the training loss of epoch 1 is (nan|inf)"):
+        train_tiny(config)
+    saved = [torch.load(path, weights_only=True) for path in find(config.folder / "seed-0" / "checkpoints")]
+    assert saved
+    assert all(state["processes"][0]["loss_sum"].isfinite() for state in saved)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from engine import Config
+from engine.config import FREE_ON_RESUME
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import StudentT
 
-from tools.table1 import HEADER, TableError, missing, paired_p_value, read_runs, render, table
+from tools.table1 import HEADER, PLACE, TableError, missing, paired_p_value, read_runs, render, table
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "table1.py"
 
@@ -148,3 +149,7 @@ def test_a_result_of_something_else_is_named(content: str, why: str, tmp_path: P
     (write(tmp_path, 0, 90.0) / "result.json").write_text(content)
     with pytest.raises(TableError, match=rf"cannot read the run of .*result\.json: .*{why}"):
         read_runs(tmp_path)
+
+
+def test_what_may_change_on_resume_makes_no_other_row() -> None:
+    assert PLACE == FREE_ON_RESUME
