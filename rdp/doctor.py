@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from rdp.branches import Branch
 from rdp.copies import Hook
-from rdp.errors import RdpWarning
+from rdp.errors import warn
 from rdp.phases import Phase
 from rdp.slots import Slot, present
 
@@ -104,11 +103,11 @@ class Watch:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""
         self._versions = None
 
-    def warn(self, key: str, text: str, stacklevel: int) -> None:
+    def warn(self, key: str, text: str) -> None:
         """Warn of each thing once."""
         if key not in self.warned:
             self.warned.add(key)
-            warnings.warn(text, RdpWarning, stacklevel=stacklevel + 1)
+            warn(text)
 
     def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
         pairs = zip(self._watched, self._versions or (), versions, strict=True)
@@ -125,7 +124,6 @@ class Watch:
                 f"parameters have changed since the last training forward, but the phase is still {phase.name}: "
                 "no step was announced, so DROP and FREEZE do not alternate. Step the optimizer that handle.wrap(...) "
                 "returned, or call handle.advance() after each step",
-                stacklevel=5,
             )
 
 

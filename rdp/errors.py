@@ -1,4 +1,9 @@
-"""What can go wrong, as types: every exception of the library derives from `RdpError`."""
+"""What can go wrong, as types: exceptions of the library derive from `RdpError`, its warnings are `RdpWarning`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
 
 
 class RdpError(Exception):
@@ -35,3 +40,11 @@ class StateError(RdpError, ValueError):
 
 class RdpWarning(UserWarning):
     """Training goes on, but probably not as meant: an optimizer step that was not announced, a branch left out."""
+
+
+def warn(message: str) -> None:
+    """Warn with `RdpWarning` at the line of the user's that led here, past the library's own and torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rdp", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RdpWarning, stacklevel=level)

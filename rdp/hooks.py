@@ -239,5 +239,4 @@ class GateHook(Hook):
                 f"branch `{run.branches[self.branch].name}` ran outside of a forward of the attached model, so it "
                 f"is trained plainly. Call the {type(run.model).__name__} itself, not its parts, or attach to the "
                 "part that is called",
-                stacklevel=2,
             )

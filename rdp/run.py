@@ -131,7 +131,6 @@ class Run:
                 "idle",
                 "the optimizer stepped, but no gated training forward of the attached model came before it: Residual "
                 "DropPath had no part in this step. Is the model in eval mode, or was only a part of it called?",
-                stacklevel=3,
             )
         if self.optimizers and all(o.optimizer is not optimizer.optimizer for o in self.optimizers):
             self.watch.warn(
@@ -139,7 +138,6 @@ class Run:
                 f"this {type(optimizer.optimizer).__name__} stepped, although the handle has wrapped another optimizer "
                 "over some of the same parameters since, which took its place. Give each parameter to one optimizer; "
                 "where several alternate, step plain ones and call handle.advance() after each step",
-                stacklevel=3,
             )
         self._have_stepped.append(optimizer.optimizer)
         waiting = [o for o in self.optimizers if o.optimizer not in self._have_stepped]

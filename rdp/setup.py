@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from rdp.copies import Hook
 from rdp.discovery.find import Discovery, find_branches
 from rdp.discovery.forwards import batch_size
 from rdp.discovery.program import Program
-from rdp.errors import ArgumentError, AttachError, BranchError, ForwardError, NativeDropPathError, RdpWarning
+from rdp.errors import ArgumentError, AttachError, BranchError, ForwardError, NativeDropPathError, warn
 from rdp.masks import branch_rates
 from rdp.native import find_native_drops
 from rdp.options import Options
@@ -105,18 +104,14 @@ def choose_branches(
         raise BranchError(_nothing_found(model, options, found))
     refused = tuple(r for r in found.refused if options.branches is None)
     if refused:
-        warnings.warn(
+        warn(
             f"{len(refused)} residual sums are left ungated and train plainly: {_listed([str(r) for r in refused])}. "
             "Name the modules to gate in branches= if you know better",
-            RdpWarning,
-            stacklevel=2,
         )
     if found.coupled is not None and by_row:
-        warnings.warn(
+        warn(
             f"the rows of a batch influence each other even in eval mode, first in `{found.coupled}`: is the first "
             "axis of the input the batch? If not, use mode='batch'",
-            RdpWarning,
-            stacklevel=2,
         )
     rates = branch_rates([branch.depth for branch in branches], options.rate, options.decay)
     rated = tuple(

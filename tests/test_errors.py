@@ -416,3 +416,19 @@ def test_what_is_no_state_of_a_handle_is_refused_by_key(state):
     before = handle.state_dict()
     refused(model, lambda: handle.load_state_dict(state), error=rdp.StateError)
     assert identical(handle.state_dict(), before)
+
+
+def test_warnings_show_the_line_of_the_user_that_led_to_them_through_torch():
+    model = BlockMLP(("plain",)).train()
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=model.rows(2, 0))
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(rdp.RdpWarning, match="had no part in this step") as idle:
+        optimizer.step()
+    with pytest.warns(rdp.RdpWarning, match="ran outside of a forward") as stray:
+        nn.Sequential(model.body)(torch.randn(2, model.stem.out_features))
+    with pytest.warns(rdp.RdpWarning, match="no step was announced") as unannounced:
+        for _ in range(3):
+            model(model.rows(2, 0)).sum().backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert [caught[0].filename for caught in (idle, unannounced)] == [__file__] * 2
+    assert stray[0].filename.endswith("architectures.py")  # where the block calls the module
