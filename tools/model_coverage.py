@@ -1,7 +1,7 @@
 """The table of docs/models.md: what discovery finds in each model of the zoo, and whether gating it is sound.
 
     python tools/model_coverage.py --discover-only  # on the meta device, a few minutes
-    python tools/model_coverage.py --write docs/models.md  # with the semantic check, about an hour
+    python tools/model_coverage.py --write docs/models.md  # with the semantic check, ten minutes
     python tools/model_coverage.py --only swin vit --discover-only
 
 Results are appended to `--results` one by one; a run that was interrupted goes on where it stopped.
@@ -223,7 +223,7 @@ def main(
     if write is not None:
         if only:
             sys.exit(f"--only is a part of the table, and --write would put it in place of the whole in {write}")
-        _split(write)  # an hour is too late to learn that it has no place
+        _split(write)  # ten minutes are too late to learn that it has no place
     torch.set_num_threads(1)
     entries = [e for e in zoo() if not only or {e.family, e.source, e.name} & set(only)]
     if unknown := set(only) - {name for e in entries for name in (e.family, e.source, e.name)}:
