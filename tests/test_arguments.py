@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import rdp
 from rdp.options import Options
@@ -26,6 +27,10 @@ SOUND = Options(
     compute="auto",
     seed=0,
 )
+
+
+def test_what_attach_does_by_default():
+    assert rdp.attach(nn.Linear(1, 1)).options == SOUND
 
 
 @given(st.integers(0, 0) | st.floats(0, 1, exclude_max=True), st.integers(0, 2**64 - 1))

@@ -26,26 +26,27 @@ class Handle:
     def __init__(self, *frozen: Tensor) -> None:
         self.frozen = frozen
         self.asked: list[Any] = []
-        self._watch = self
+        self._run = self.watch = self
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
         self.asked.append("agree")
 
-    def _position(self) -> str:
+    def position(self) -> str:
         self.asked.append("position")
         return "here"
 
-    def _restart_step(self, position: str) -> None:
+    def restart_step(self, position: str) -> None:
         self.asked.append(("restart", position))
 
-    def _frozen_parameters(self) -> set[int]:
+    def frozen_parameters(self) -> frozenset[int]:
         self.asked.append("frozen")
-        return {id(p) for p in self.frozen}
+        return frozenset(id(p) for p in self.frozen)
 
-    def _stepped(self, optimizer: rdp.MaskedOptimizer) -> None:
+    def stepped(self, optimizer: rdp.MaskedOptimizer, frozen: frozenset[int] | None) -> None:
+        assert frozen == {id(p) for p in self.frozen}, "the handle need not ask again"
         self.asked.append(("stepped", optimizer))
 
-    def _forget_finished(self) -> None:
+    def forget_finished(self) -> None:
         self.asked.append("forget finished")
 
     def forget(self) -> None:
