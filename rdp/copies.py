@@ -7,10 +7,7 @@ drive the original's run: hooks therefore turn into a function that does nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rdp.run import Run
+from typing import Any
 
 
 def inert(*args: Any) -> None:
@@ -22,10 +19,14 @@ def _inert() -> Callable[..., None]:
 
 
 class Hook:
-    """A hook that does not outlive a copy of its model."""
+    """A hook that does not outlive a copy of its model.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    Args:
+        owner: Whose it is, to tell the hooks of one run from those of another.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert

@@ -44,6 +44,7 @@ class ResidualDropPath:
         self.options = options
         self.refused: tuple[Refusal, ...] = ()
         self._run = Run(model, options, ranks)
+        traced.register(self._run)
         self._pending_state: dict[str, Any] | None = None
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
         for drop in self._silenced:
@@ -160,7 +161,7 @@ class ResidualDropPath:
             What is attached, and problems: branches that no forward reached or that lost their hook, phases that do
             not alternate, optimizers that are not wrapped, frozen parameters that moved all the same.
         """
-        return check(self)
+        return check(self._run, self.refused)
 
     def remove(self) -> None:
         """Take everything out of the model again; it is exactly as before `attach`. May be called twice."""

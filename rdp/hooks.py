@@ -46,7 +46,15 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
         yield model.get_submodule(point.module).register_forward_hook(gate)
 
 
-class BeginHook(Hook):
+class RunHook(Hook):
+    """A hook that asks the run what to do."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.run = run
+
+
+class BeginHook(RunHook):
     """Forward pre-hook of the model: masks are decided here, once, for all branches.
 
     Args:
@@ -66,7 +74,7 @@ class BeginHook(Hook):
             traced.uncompiled(passes.begin, self.run, self.discover, module, args, kwargs)
 
 
-class EndHook(Hook):
+class EndHook(RunHook):
     """Forward hook of the model, called also when the forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -77,7 +85,7 @@ class EndHook(Hook):
         return traced.uncompiled(passes.end, self.run, output)
 
 
-class EntryHook(Hook):
+class EntryHook(RunHook):
     """Forward pre-hook of the first module of a branch that runs on some of the rows.
 
     Args:
@@ -110,7 +118,7 @@ class EntryHook(Hook):
         return self.on_rows.enter(args, kwargs, split, freeze)
 
 
-class LaterHook(Hook):
+class LaterHook(RunHook):
     """Forward pre-hook of a later module of such a branch.
 
     Args:
@@ -133,7 +141,7 @@ class LaterHook(Hook):
         return self.on_rows.later(self.name, args, kwargs)
 
 
-class GateHook(Hook):
+class GateHook(RunHook):
     """Forward hook of a module that ends a branch.
 
     Args:

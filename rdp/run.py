@@ -7,26 +7,40 @@ optimizers end its steps.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rdp import traced
 from rdp.agreement import Agreement
 from rdp.branches import Branch
-from rdp.doctor import Watch
 from rdp.forward import Forward, Forwards
 from rdp.options import Options
 from rdp.phases import Schedule
 from rdp.progress import Progress
 from rdp.ranks import Ranks
 from rdp.slots import Slot, present, slots
-
-if TYPE_CHECKING:
-    from rdp.optim import MaskedOptimizer
+from rdp.watch import Watch
 
 Position = tuple[Hashable, list[Any]]
+
+
+class Stepper(Protocol):
+    """What a run needs of a `MaskedOptimizer`."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of the wrapped one."""
+
+    def skipped(self) -> bool:
+        """Has a step been withheld since the last call?"""
+
+    def parameters(self) -> list[Tensor]:
+        """All of them."""
 
 
 class Run:
@@ -41,6 +55,7 @@ class Run:
         branches: In forward order; empty until they have been found.
         by_branch: For each branch the places of its parameters.
         attached: False once the hooks have been taken out of the model.
+        key: What compiled code knows the run by.
         pauses: How many `paused` contexts are open.
         optimizers: The wrapped ones, each of which has to step before the step is over.
         traced_masks: The masks of the forward that runs, for compiled parts of the model; None outside of one.
@@ -54,12 +69,12 @@ class Run:
         self.by_branch: list[list[Slot]] = []
         self.attached = True
         self.pauses = 0
-        self.optimizers: list[MaskedOptimizer] = []
+        self.optimizers: list[Stepper] = []
         self.progress = self._new_progress(())
         self.forwards = Forwards()
         self.watch = Watch(model)
         self.agreement = Agreement(ranks, self._facts)
-        self.key = traced.register(self)
+        self.key = id(self)
         self.traced_masks: Tensor | None = None
         self.traced_phase = self.progress.phase
         self._have_stepped: list[Optimizer] = []  # the plain ones, since one may be wrapped again
@@ -119,7 +134,7 @@ class Run:
         if self.attached:
             self.agreement.settle(self.progress.live())
 
-    def stepped(self, optimizer: MaskedOptimizer, frozen: frozenset[int] | None) -> None:
+    def stepped(self, optimizer: Stepper, frozen: frozenset[int] | None) -> None:
         """An optimizer has stepped; the step ends when all have.
 
         Args:

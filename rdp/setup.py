@@ -55,7 +55,7 @@ def check_unattached(model: nn.Module, besides: object = None) -> None:
     """Refuse a model that another run than `besides` has put hooks in."""
     for name, module in model.named_modules():
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-            if isinstance(hook, Hook) and hook.run is not besides:
+            if isinstance(hook, Hook) and hook.owner is not besides:
                 where = f"its module `{name}`" if name else "it"
                 raise AttachError(
                     f"this {type(model).__name__} is attached already ({where} has another handle's hooks); "

@@ -30,7 +30,7 @@ def begin_forward(x: Tensor, run: int, branches: int) -> Tensor:
 
     Args:
         x: An input of the model, `Tensor[N, ...]`; only its length is used.
-        run: Key of the run, from `register`.
+        run: Key of the run.
         branches: The number of its branches.
 
     Returns:
@@ -65,11 +65,9 @@ def begin(run: Run, args: Any, kwargs: Any) -> None:
     run.traced_masks = masks.to(x.device, non_blocking=True)
 
 
-def register(run: Run) -> int:
-    """Make a run known to the operator; returns its key."""
-    key = id(run)
-    _runs[key] = run
-    return key
+def register(run: Run) -> None:
+    """Make a run known to the operator."""
+    _runs[run.key] = run
 
 
 def forget_compiled() -> None:

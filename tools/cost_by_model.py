@@ -30,7 +30,8 @@ from rdp.discovery.trace import tensors_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.zoo import Entry, timm_models
+from tools.zoo import timm_models
+from tools.zoo_entry import Entry
 
 
 @dataclass

@@ -33,7 +33,8 @@ from rdp.discovery.trace import Trace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.semantics import check_gating
-from tools.zoo import Entry, zoo
+from tools.zoo import zoo
+from tools.zoo_entry import Entry
 
 BEGIN, END = "<!-- coverage table: written by tools/model_coverage.py -->", "<!-- end of coverage table -->"
 HEADER = ("family", "model", "branches", "sums", "own DropPath", "elsewhere", "last branch", "refused", "check", "s")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.zoo import Entry, Inputs, images
+from tools.zoo_entry import Entry, Inputs, images
 
 # The same sizes under the names that the configurations use.
 _BERT = {

@@ -11,7 +11,8 @@ import torch
 import rdp
 from rdp.discovery.trace import tensors_in
 from tools.semantics import masks, wake
-from tools.zoo import Entry, zoo
+from tools.zoo import zoo
+from tools.zoo_entry import Entry
 
 NAMES = [
     "test_vit", "test_resnet", "test_convnext", "test_byobnet", "test_mambaout", "BertModel", "BartModel", "T5Model",

@@ -13,7 +13,8 @@ import torchvision
 from rdp.discovery.find import Discovery, find_branches
 from tools.model_coverage import discover, own_drop_paths, parse
 from tools.semantics import check_gating
-from tools.zoo import Entry, zoo
+from tools.zoo import zoo
+from tools.zoo_entry import Entry
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = parse(DOCUMENT.read_text())
