@@ -211,3 +211,15 @@ def test_one_tensor_of_a_nested_output_is_replaced_and_nothing_else(output, data
         id(new if position == leaf else tensor) for position, tensor in enumerate(before)
     ]
     assert [id(tensor) for tensor in leaves(output)] == list(map(id, before)), "the output itself is left alone"
+
+
+@pytest.mark.parametrize("around", [lambda x: (x,), lambda x: [x], lambda x: {"x": x}, lambda x: {x}, Output])
+def test_what_holds_the_replaced_tensor_is_new_and_what_holds_others_is_the_same(around):
+    first, second = around(torch.zeros(1)), around(torch.zeros(1))
+    new = torch.ones(2)
+    replaced, kept = replace_leaf((first, second), 0, new)
+    assert kept is second
+    assert replaced is not first
+    assert type(replaced) is type(first)
+    held = vars(replaced) if isinstance(replaced, Output) else replaced
+    assert any(item is new for item in (held.values() if isinstance(held, dict) else held))
