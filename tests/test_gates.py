@@ -223,3 +223,15 @@ def test_what_holds_the_replaced_tensor_is_new_and_what_holds_others_is_the_same
     assert type(replaced) is type(first)
     held = vars(replaced) if isinstance(replaced, Output) else replaced
     assert any(item is new for item in (held.values() if isinstance(held, dict) else held))
+
+
+@dataclasses.dataclass
+class Partial:
+    logits: Tensor
+    loss: Tensor = dataclasses.field(init=False)
+
+
+def test_fields_that_have_no_value_stay_without_one():
+    replaced = replace_leaf(Partial(torch.zeros(2)), 0, torch.ones(2))
+    assert torch.equal(replaced.logits, torch.ones(2))
+    assert not hasattr(replaced, "loss")
