@@ -153,6 +153,8 @@ def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Bran
 
 def _nothing_found(model: nn.Module, options: Options, found: Discovery) -> str:
     text = f"no residual branch to gate in {type(model).__name__}: {found.additions} additions were looked at"
+    if found.rejected:
+        text += f" ({', '.join(f'{number}x {reason}' for reason, number in found.rejected.items())})"
     if options.branches is not None and found.branches:
         return f"{text}, and branches= chose none of {_listed([b.name for b in found.branches])}"
     if found.refused:

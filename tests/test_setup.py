@@ -158,12 +158,12 @@ REFUSED = Refusal("blocks.1", "", "used twice")
 def choose(monkeypatch):
     """`choose_branches` of a model in which just these things are found; also what `find_branches` was asked for."""
 
-    def choose(*branches, refused=(), coupled=None, programs=None, **changes):
+    def choose(*branches, refused=(), coupled=None, programs=None, rejected={}, **changes):  # noqa: B006
         asked = {}
 
         def find_branches(model, args, kwargs, named, **wanted):
             asked.update(model=model, args=args, kwargs=kwargs, named=named, **wanted)
-            return Discovery(branches, refused, 7, coupled, programs or {})
+            return Discovery(branches, refused, 7, coupled, programs or {}, rejected)
 
         monkeypatch.setattr(setup, "find_branches", find_branches)
         chosen = setup.choose_branches(Net(), options(**changes), ("x",), {"y": 1})
@@ -301,6 +301,11 @@ def test_nothing_to_gate(branches, refused, chosen, middle, choose):
     else:
         end = ". If the model has residual branches, name the modules that end them in branches="
         assert str(error.value) == text + middle + end
+
+
+def test_what_was_looked_at_is_listed_by_reason(choose):
+    with pytest.raises(rdp.BranchError, match=r"7 additions were looked at \(2x adds a constant, 1x has none\)\. If"):
+        choose(rejected={"adds a constant": 2, "has none": 1})
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

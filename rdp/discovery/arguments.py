@@ -74,7 +74,7 @@ def rebuild(recorded: Any, actual: Any, change: Callable[[Any, Any], Any]) -> An
         return items if isinstance(actual, list) else tuple(items)
     if isinstance(actual, slice):
         parts = (actual.start, actual.stop, actual.step)
-        known_slice = recorded if isinstance(recorded, slice) else slice(Absent)
+        known_slice = recorded if isinstance(recorded, slice) else slice(Absent, Absent, Absent)
         known_parts = (known_slice.start, known_slice.stop, known_slice.step)
         return slice(*rebuild(known_parts, parts, change))
     return change(recorded, actual)

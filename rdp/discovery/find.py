@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Discovery:
     """The first branch whose rows come out different beside other rows, even in eval mode."""
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    """Why additions are no residual sums, and how many are none for that reason."""
 
 
 def find_branches(
@@ -96,6 +99,7 @@ def find_branches(
         additions=len(residuals) + len(rejected) + len(side_inputs),
         coupled=coupled,
         programs={name: program for name, program in programs.items() if name not in reasons},
+        rejected=Counter(rejection.reason for rejection in [*rejected, *side_inputs]),
     )
 
 

@@ -70,7 +70,7 @@ def _classify(graph: Graph, node: Value) -> Residual | str:
         return "adds a constant"  # bias, position embedding, buffer, x + x
     left, right = operands[0], max(operands[1:])
     if not node.is_float or values[left].shape != node.shape or values[right].shape != node.shape:
-        return "broadcasts or is not floating point"
+        return "broadcasts or is no real floating point"
     for shortcut, branch in ((left, right), (right, left)):
         for fork in (shortcut, graph.strip(shortcut)):
             if values[fork].is_float and fork in graph.ancestors(branch, fork):

@@ -149,27 +149,33 @@ class NoParameters(nn.Module):
 
 IMAGE = torch.randn(2, 3, 8, 8)
 CASES = [
-    (FeaturePyramid, IMAGE),
-    (Positions, torch.randn(2, 8, 8)),
-    (Biases, torch.randn(2, 8)),
-    (Res2NetSplit, IMAGE),
-    (RepVgg, IMAGE),
-    (NasNetCell, IMAGE),
-    (TwoTowers, IMAGE),
-    (NoParameters, IMAGE),
+    (FeaturePyramid, IMAGE, ["long skip over a resampled path"]),
+    (Positions, torch.randn(2, 8, 8), ["adds a constant"]),
+    (Biases, torch.randn(2, 8), ["adds a constant"]),
+    (Res2NetSplit, IMAGE, ["both operands are linear", "operands are parts of one split tensor"]),
+    (RepVgg, IMAGE, ["both operands are linear"]),
+    (NasNetCell, IMAGE, ["both operands are nonlinear"]),
+    (TwoTowers, IMAGE, ["both operands are nonlinear"]),
+    (NoParameters, IMAGE, ["branch has no parameters"]),
 ]
 
 
-@pytest.mark.parametrize(("kind", "x"), CASES, ids=lambda value: getattr(value, "__name__", ""))
-def test_an_addition_that_is_not_residual_is_neither_gated_nor_reported(kind: type[nn.Module], x: Tensor) -> None:
+@pytest.mark.parametrize(("kind", "x", "reasons"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_an_addition_that_is_not_residual_is_neither_gated_nor_reported(
+    kind: type[nn.Module], x: Tensor, reasons: list[str]
+) -> None:
     found = find_branches(kind(), (x,), {})
     assert (found.branches, found.refused) == ((), ())
-    assert found.additions > 0, "the test has nothing to reject"
+    assert list(found.rejected) == reasons
+    assert sum(found.rejected.values()) == found.additions
 
 
-@pytest.mark.parametrize(("kind", "x"), CASES, ids=lambda value: getattr(value, "__name__", ""))
-def test_attaching_to_a_model_without_branches_says_what_was_looked_at(kind: type[nn.Module], x: Tensor) -> None:
-    with pytest.raises(rdp.BranchError, match=rf"no residual branch to gate in {kind.__name__}: \d+ additions were"):
+@pytest.mark.parametrize(("kind", "x", "reasons"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_attaching_to_a_model_without_branches_says_what_was_looked_at(
+    kind: type[nn.Module], x: Tensor, reasons: list[str]
+) -> None:
+    text = rf"no residual branch to gate in {kind.__name__}: \d+ additions were looked at \(\d+x {reasons[0]}"
+    with pytest.raises(rdp.BranchError, match=text):
         rdp.attach(kind(), example_inputs=x)
 
 
