@@ -131,3 +131,21 @@ def test_a_dense_branch_says_why(reason: str) -> None:
     handle = rdp.attach(net(body, **layers), 0.5, decay="constant", example_inputs=torch.randn(4, DIM))
     notes = [branch.note.rpartition("dense: ")[2] for branch in handle.branches if branch.compute == "dense"]
     assert reason in notes, str(handle)
+
+
+class Drops(nn.Module):
+    """Drops out by a function, as attention does; the probability is an attribute like any other."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.linear, self.attn_Drop = nn.Linear(DIM, DIM), probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(self.linear(x), self.attn_Drop, self.training)
+
+
+@pytest.mark.parametrize(("probability", "compute"), [(0.1, "dense"), (0.0, "rows")])
+def test_dropout_by_a_function_inside_of_a_module_is_known_by_its_attribute(probability: float, compute: str) -> None:
+    model = net(lambda s, x: x + s.f(x), f=Drops(probability))
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=torch.randn(4, DIM))
+    assert [branch.compute for branch in handle.branches] == [compute]

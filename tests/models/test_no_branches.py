@@ -135,6 +135,36 @@ class TwoTowers(nn.Module):
         return self.left(x) + self.right(x)
 
 
+class Add(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+
+class Fusion(nn.Module):
+    """HRNet's fusion of two paths, in a module that runs neither of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.near, self.far, self.add = conv(3, 8), nn.Conv2d(8, 8, 1), conv(8), Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.add(self.near(x), self.far(x))
+
+
+class Mixed(nn.Module):
+    """Sums of numbers that are not real, and of shapes that are not the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.fft(self.linear(x))
+        spectrum = spectrum + torch.fft.fft(self.linear(x).tanh())
+        return spectrum.real + self.linear(x).mean(1, keepdim=True)
+
+
 class NoParameters(nn.Module):
     """An unlearned branch: there is nothing in it to freeze."""
 
@@ -156,6 +186,8 @@ CASES = [
     (RepVgg, IMAGE, ["both operands are linear"]),
     (NasNetCell, IMAGE, ["both operands are nonlinear"]),
     (TwoTowers, IMAGE, ["both operands are nonlinear"]),
+    (Fusion, IMAGE, ["branch does not run inside the adding module"]),
+    (Mixed, torch.randn(2, 8), ["broadcasts or is no real floating point"]),
     (NoParameters, IMAGE, ["branch has no parameters"]),
 ]
 
