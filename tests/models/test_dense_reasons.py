@@ -128,8 +128,8 @@ REASONS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
 def test_a_dense_branch_says_why(reason: str) -> None:
     torch.manual_seed(0)
     body, layers = REASONS[reason]
-    handle = rdp.attach(net(body, **layers), 0.5, decay="constant", example_inputs=torch.randn(4, DIM))
-    notes = [branch.note.rpartition("dense: ")[2] for branch in handle.branches if branch.compute == "dense"]
+    with rdp.attach(net(body, **layers), 0.5, decay="constant", example_inputs=torch.randn(4, DIM)) as handle:
+        notes = [branch.note.rpartition("dense: ")[2] for branch in handle.branches if branch.compute == "dense"]
     assert reason in notes, str(handle)
 
 
