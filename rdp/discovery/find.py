@@ -17,12 +17,13 @@ from rdp.discovery.candidates import Candidate, find_candidates
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
 from rdp.discovery.ownership import parameters_by_branch
-from rdp.discovery.program import NotIndependent, Program, branch_program, draws_random_numbers
+from rdp.discovery.program import Program, draws_random_numbers
 from rdp.discovery.residuals import find_residuals, without_side_inputs
 from rdp.discovery.row_axes import first_coupled, row_axis
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.verify import verify_programs
 from rdp.discovery.weightless import on_meta, weightless
+from rdp.discovery.writer import NotIndependent, branch_program
 
 
 @dataclass(frozen=True)
