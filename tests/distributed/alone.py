@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from laws import masks
 from laws.oracle import branches_of_parameters, live_parameters, oracle_forward
 from laws.training import identical
 from torch import Tensor, nn
 
-import rdp
 from distributed.models import OPTIMIZERS
 from distributed.training import Run, batch, loss, outcome
 
@@ -38,9 +38,9 @@ def train_alone(run: Run, present: Callable[[int], Sequence[int]] | None = None)
         for k in range(max(map(len, run.rows))):
             parts = [(rank, run.rows[rank][k]) for rank in with_data if k < len(run.rows[rank])]
             x = torch.cat([batch(model, rows, step, k, rank) for rank, rows in parts])
-            masks = torch.cat([draw(run, rows, step, k, rank) for rank, rows in parts], dim=1)
-            live |= live_parameters(used, masks, phase, run.rates)
-            output = oracle_forward(model, x, masks, phase, run.rates, run.freeze)
+            kept = torch.cat([draw(run, rows, step, k, rank) for rank, rows in parts], dim=1)
+            live |= live_parameters(used, kept, phase, run.rates)
+            output = oracle_forward(model, x, kept, phase, run.rates, run.freeze)
             losses = [loss(part) for part in output.split([rows for _, rows in parts])]
             (torch.stack(losses).sum() / run.ranks).backward()
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def train_alone(run: Run, present: Callable[[int], Sequence[int]] | None = None)
 
 def draw(run: Run, rows: int, step: int, k: int, rank: int) -> Tensor:
     """The masks of micro-batch `k` of a step on a rank."""
-    return rdp.masks.draw(
+    drawn = masks.draw(
         run.rates,
         rows,
         seed=0,
@@ -66,6 +66,7 @@ def draw(run: Run, rows: int, step: int, k: int, rank: int) -> Tensor:
         rank=rank,
         fixed_among=rows if run.sampling == "fixed" else None,
     )
+    return torch.tensor(drawn)
 
 
 def ranks_differ(run: Run) -> bool:
@@ -73,8 +74,8 @@ def ranks_differ(run: Run) -> bool:
     for step in range(run.steps):
         live = []
         for rank, rows in enumerate(run.rows):
-            masks = torch.cat([draw(run, count, step, k, rank) for k, count in enumerate(rows)], dim=1)
-            live.append((masks if step % 2 == 0 else ~masks).any(1))
+            kept = torch.cat([draw(run, count, step, k, rank) for k, count in enumerate(rows)], dim=1)
+            live.append((kept if step % 2 == 0 else ~kept).any(1))
         if any(not torch.equal(live[0], other) for other in live[1:]):
             return True
     return False
