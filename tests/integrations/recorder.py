@@ -41,6 +41,8 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.handle: rdp.ResidualDropPath | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        """The inner one, since its first step."""
         self.steps: list[Step] = []
         self.evaluations = 0
         self.arguments: dict[str, Any] = {}
@@ -91,6 +93,7 @@ class Recorder:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         assert not isinstance(optimizer, rdp.MaskedOptimizer)
+        self.optimizer = optimizer
         self.steps.append(Step(self.handle.phase, [], snapshot(self.handle.model, optimizer)))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

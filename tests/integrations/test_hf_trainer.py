@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from hf_trainer import main, make_trainer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("error::rdp.errors.RdpWarning")
+pytestmark = pytest.mark.filterwarnings("error::rdp.RdpWarning")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

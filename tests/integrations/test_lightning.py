@@ -15,7 +15,7 @@ L = pytest.importorskip("lightning")
 from digits import digits  # noqa: E402
 from lightning_module import Digits, main  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning", "error::rdp.errors.RdpWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning", "error::rdp.RdpWarning")
 
 
 def fit(module: L.LightningModule, batches: int, epochs: int = 1, ckpt_path=None, **arguments) -> L.Trainer:

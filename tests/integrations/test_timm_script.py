@@ -13,7 +13,7 @@ from timm_script import Run, main
 
 import rdp
 
-pytestmark = pytest.mark.filterwarnings("error::rdp.errors.RdpWarning")
+pytestmark = pytest.mark.filterwarnings("error::rdp.RdpWarning")
 
 
 @pytest.mark.parametrize(("opt", "mode"), [("adamw", "batch"), ("adamw", "row"), ("lamb", "batch")])

@@ -12,7 +12,7 @@ from torchtune_style import Recipe, main
 
 import rdp
 
-pytestmark = pytest.mark.filterwarnings("error::rdp.errors.RdpWarning")
+pytestmark = pytest.mark.filterwarnings("error::rdp.RdpWarning")
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import rdp
 from laws.architectures import BlockMLP, Transformer
 from laws.strategies import Case
-from laws.training import loss
+from laws.training import identical, loss
 
 
 class CheckpointedMLP(BlockMLP):
@@ -149,14 +149,26 @@ def test_gradients_equal_the_oracles_without_checkpointing(model, mode, compute,
 
 def test_a_reentrant_checkpoint_around_the_whole_model_is_refused():
     """Its first forward runs without gradients, like any evaluation in training mode, so no masks belong to it."""
-    case = Case(BlockMLP, (("plain", "norm", "plain"),), decay="constant")
-    net = case.model()
-    handle = case.attach(net)
-    output = checkpoint(net, net.rows(4, 0).requires_grad_(), use_reentrant=True)
+    case = Case(CheckpointedMLP, (("plain", "norm", "plain"), False), decay="constant")
+    net, twin, plain = case.model(), case.model(), case.model()
+    handle, twin_handle = case.attach(net, example_inputs=net.rows(2, 0)), case.attach(twin)
+    net(net.rows(4, 0))
+    twin(twin.rows(4, 0))
+    output = checkpoint(net, net.rows(4, 1).requires_grad_(), use_reentrant=True)
     with pytest.raises(rdp.ForwardError, match="use_reentrant=False"):
         loss(output).backward()
+    # It counts for nothing, and nothing after it is taken for a part of it.
+    x = torch.randn(4, net.stem.out_features, dtype=case.dtype)
+    with pytest.warns(rdp.RdpWarning, match="ran outside of a forward"):
+        assert torch.equal(net.body(x), plain.body(x))
     assert handle.step_count == 0
-    assert not any(handle._run.forwards.running)
+    assert torch.equal(handle.masks, twin_handle.masks)
+    net.zero_grad()
+    for model in (net, twin):
+        loss(model(model.rows(4, 2))).backward()
+    assert torch.equal(handle.masks, twin_handle.masks)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert identical(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
