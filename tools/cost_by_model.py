@@ -15,23 +15,19 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
+import project_paths  # noqa: F401
 import timm
 import torch
 import tyro
+from models.semantics import tensors
+from models.zoo import timm_models
+from models.zoo_entry import Entry
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import rdp
-from rdp.discovery.find import find_branches
-from rdp.discovery.trace import tensors_in
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tools.zoo import timm_models
-from tools.zoo_entry import Entry
 
 
 @dataclass
@@ -46,23 +42,23 @@ class Args:
     rate: float = 0.1
 
 
-def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Of one forward and backward."""
+def flops(model: nn.Module, inputs: dict[str, Tensor], backward: bool = True) -> int:
+    """Of one forward and its backward."""
     with FlopCounterMode(display=False) as counter:
-        output = next(t for t in tensors_in(model(**inputs)) if t.requires_grad)
-        output.float().square().mean().backward()
+        output = next(t for t in tensors(model(**inputs)) if t.requires_grad)
+        if backward:
+            output.float().square().mean().backward()
     model.zero_grad()
     return counter.get_total_flops()
 
 
-def share_on_rows(model: nn.Module, inputs: dict[str, Tensor]) -> float:
-    """The part of the FLOPs of a forward that branches which run on rows have."""
-    programs = find_branches(model, (), inputs, want_programs=True).programs.values()
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    by_module = counter.get_flop_counts()
-    names = [f"{type(model).__name__}.{step.target}" for program in programs for step in program.steps]
-    return sum(sum(by_module[name].values()) for name in names if name in by_module) / counter.get_total_flops()
+def share_on_rows(model: nn.Module, pair: dict[str, Tensor]) -> float:
+    """The part of the FLOPs of a forward that branches which run on rows have: half of it goes with one of two rows."""
+    options = {"decay": "constant", "sampling": "fixed", "native": "off"}
+    with rdp.attach(model, 0.5, example_inputs=pair, **options) as handle:
+        on_one_row = flops(model, pair, backward=False)
+        with handle.paused():
+            return 2 - 2 * on_one_row / flops(model, pair, backward=False)
 
 
 def row(entry: Entry, args: Args) -> str | None:
@@ -72,14 +68,13 @@ def row(entry: Entry, args: Args) -> str | None:
     inputs = {name: x.repeat_interleave(args.batch_size // 2, dim=0) for name, x in pair.items()}
     model.train()
     try:
+        share = share_on_rows(model, pair)
         handle = rdp.attach(model, args.rate, decay="constant", example_inputs=pair, native="off")
     except rdp.BranchError:
         return None
     on_rows = [branch for branch in handle.branches if branch.compute == "rows"]
     if not on_rows:
         return None
-    with handle.paused():
-        share = share_on_rows(model, pair)
     if entry.on_meta:  # the branches were verified with numbers; shapes are enough to count
         model.to("meta")
         inputs = {name: x.to("meta") for name, x in inputs.items()}
@@ -103,7 +98,7 @@ def main(args: Args) -> None:
         sys.exit("--batch-size must be even and at least 2, --cycles at least 1")
     chosen = [e for e in timm_models() if e.check and (not args.only or e.family.startswith(args.only))]
     if not chosen:
-        sys.exit(f"no family of timm begins with {', '.join(args.only)}; see tools/zoo.py")
+        sys.exit(f"no family of timm begins with {', '.join(args.only)}; see tests/models/zoo.py")
     print(f"torch {torch.__version__}, timm {timm.__version__}, batch {args.batch_size}, rate {args.rate}\n")
     print("| family | model | branches on rows | share of a forward | FLOPs of training | what stays dense, and why |")
     print("|---|---|---:|---:|---:|---|")

@@ -14,61 +14,23 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
+import project_paths  # noqa: F401
 import torch
 import tyro
-from torch import nn
+from models.semantics import check_gating
+from models.table import BEGIN, END, Row, markdown
+from models.zoo import zoo
+from models.zoo_entry import Entry, drops_paths
 from tqdm import tqdm
 
 from rdp.discovery import forwards
-from rdp.discovery.find import Discovery, find_branches
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import find_residuals
 from rdp.discovery.trace import Trace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tools.semantics import check_gating
-from tools.zoo import zoo
-from tools.zoo_entry import Entry
-
-BEGIN, END = "<!-- coverage table: written by tools/model_coverage.py -->", "<!-- end of coverage table -->"
-HEADER = ("family", "model", "branches", "sums", "own DropPath", "elsewhere", "last branch", "refused", "check", "s")
-TEXT = {"family", "model", "last branch", "refused", "check"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of one model."""
-
-    source: str
-    family: str
-    model: str
-    branches: int
-    sums: int
-    """Residual sums that the branches feed: more than branches where modules are shared."""
-    own: int | None
-    """Calls of the model's own DropPath modules in one forward, built with a drop path rate of 0.1; None: has none."""
-    elsewhere: int
-    """How many of these are on no branch of a residual sum, so that nothing passes the rows that they drop."""
-    last: str
-    refused: dict[str, int] = field(default_factory=dict)
-    """Reason: how many sums."""
-    check: str = ""
-    """"exact", or what went wrong; "" where it was not run."""
-    seconds: float = 0.0
-    """Of discovery."""
-
-
-def discover(entry: Entry) -> Discovery:
-    """Find the branches of a model of the zoo; on `meta` where the model can run there."""
-    torch.manual_seed(0)
-    with torch.device("meta" if entry.on_meta else "cpu"):
-        return find_branches(entry.build(), (), entry.inputs(2))
 
 
 def own_drop_paths(entry: Entry) -> tuple[int, int] | None:
@@ -85,7 +47,7 @@ def own_drop_paths(entry: Entry) -> tuple[int, int] | None:
         except (TypeError, ValueError):
             return None
         inputs = entry.inputs(2)
-    drops = {name for name, module in model.named_modules() if _drops_paths(module)}
+    drops = {name for name, module in model.named_modules() if drops_paths(module)}
     with forwards.undisturbed(model):
         graph = Graph(Trace(model).run((), inputs))
     residuals, _ = find_residuals(graph)
@@ -94,16 +56,10 @@ def own_drop_paths(entry: Entry) -> tuple[int, int] | None:
     return len(calls), sum(not inside & set(call.outputs) for call in calls)
 
 
-def _drops_paths(module: nn.Module) -> bool:
-    kind = type(module).__name__.lower()
-    active = getattr(module, "drop_prob", 0) or getattr(module, "p", 0)
-    return bool(active) and ("droppath" in kind or "stochasticdepth" in kind)
-
-
 def row(entry: Entry) -> Row:
     """What discovery finds in one model."""
     begin = time.perf_counter()
-    found = discover(entry)
+    found = entry.find()
     seconds = time.perf_counter() - begin
     own = own_drop_paths(entry)
     refused: dict[str, int] = {}
@@ -139,52 +95,6 @@ def verdict(entry: Entry) -> str:
 def _anonymous(reason: str) -> str:
     """A reason without the names of modules, so that equal ones can be counted."""
     return re.sub(r"`[^`]*`|\['.*?'\]", "...", reason)
-
-
-def markdown(rows: list[Row]) -> str:
-    """The rows as one table for each package."""
-    lines = []
-    for source in dict.fromkeys(r.source for r in rows):
-        chosen = [r for r in rows if r.source == source]
-        branches, sums = sum(r.branches for r in chosen), sum(r.sums for r in chosen)
-        lines += [
-            f"### {source} {version(source)}: {branches} branches, {sums} sums in {len(chosen)} models",
-            "",
-            f"| {' | '.join(HEADER)} |",
-            f"|{'|'.join('---' if h in TEXT else '--:' for h in HEADER)}|",
-        ]
-        for r in chosen:
-            refused = "; ".join(f"{n}: {reason}" for reason, n in r.refused.items())
-            own = "-" if r.own is None else r.own
-            last = f"`{r.last}`" if r.last else ""
-            cells = (
-                r.family,
-                r.model,
-                r.branches,
-                r.sums,
-                own,
-                r.elsewhere or "",
-                last,
-                refused,
-                r.check,
-                f"{r.seconds:.1f}",
-            )
-            lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def parse(text: str) -> dict[str, dict[str, str]]:
-    """The rows of a document that `markdown` wrote: package/model -> cells by header."""
-    rows: dict[str, dict[str, str]] = {}
-    source = ""
-    for line in text.partition(BEGIN)[2].partition(END)[0].splitlines():
-        if line.startswith("### "):
-            source = line.split()[1]
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if line.startswith("| ") and cells[0] != HEADER[0]:
-            rows[f"{source}/{cells[1]}"] = dict(zip(HEADER, cells, strict=True))
-    return rows
 
 
 def _read(results: Path) -> dict[str, Row]:
@@ -228,7 +138,7 @@ def main(
     torch.set_num_threads(1)
     entries = [e for e in zoo() if not only or {e.family, e.source, e.name} & set(only)]
     if unknown := set(only) - {name for e in entries for name in (e.family, e.source, e.name)}:
-        sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tools/zoo.py")
+        sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tests/models/zoo.py")
     done = _read(results)
     with results.open("a") as stream:
         for entry in (bar := tqdm(entries, disable=None)):

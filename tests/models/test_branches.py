@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rdp.branches import RowAxis
-from rdp.discovery.find import find_branches
-from tools.semantics import check_gating
+from models.found import find
+from models.semantics import check_gating
+
+pytestmark = pytest.mark.filterwarnings("error::rdp.RdpWarning")
 
 DIM = 8
 
@@ -157,12 +158,12 @@ def inputs(case: Case, rows: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_exactly_the_branches_of_the_block_are_found(case: Case) -> None:
-    found = find_branches(case.model(), (inputs(case),), {})
+    found = find(case.model(), inputs(case))
     assert [(b.name, b.kind, sorted(b.parameters)) for b in found.branches] == [
         (name, kind, sorted(parameters)) for name, kind, parameters in case.branches
     ]
     assert {b.block for b in found.branches} == {"block"}
-    assert (found.refused, found.coupled) == ((), None)
+    assert found.refused == ()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -174,36 +175,32 @@ def test_gating_the_block_is_exact(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_same_is_found_without_numbers(case: Case) -> None:
     with torch.device("meta"):
-        shapes = find_branches(case.model(), (inputs(case),), {})
-    assert shapes == find_branches(case.model(), (inputs(case),), {})
+        shapes = find(case.model(), inputs(case))
+    assert shapes == find(case.model(), inputs(case))
 
 
 def test_the_outer_branch_is_gated_where_it_holds_most_parameters() -> None:
     inner = Block(lambda s, x: x + s.f(x), f=nn.Linear(DIM, DIM))
-    found = find_branches(
-        net(lambda s, x: x + s.f(x), f=nn.Sequential(mlp(), inner, mlp())), (torch.randn(2, DIM),), {}
-    )
+    found = find(net(lambda s, x: x + s.f(x), f=nn.Sequential(mlp(), inner, mlp())), torch.randn(2, DIM))
     assert [b.name for b in found.branches] == ["block.f"]
 
 
 def test_the_inner_branches_are_gated_where_they_hold_most_parameters() -> None:
     inner = [Block(lambda s, x: x + s.f(x), f=mlp()) for _ in range(2)]
-    found = find_branches(
-        net(lambda s, x: x + s.f(x), f=nn.Sequential(nn.LayerNorm(DIM), *inner)), (torch.randn(2, DIM),), {}
-    )
+    found = find(net(lambda s, x: x + s.f(x), f=nn.Sequential(nn.LayerNorm(DIM), *inner)), torch.randn(2, DIM))
     assert [b.name for b in found.branches] == ["block.f.1.f", "block.f.2.f"]
 
 
 def test_calls_that_share_weights_are_one_branch() -> None:
     model = net(lambda s, x: (x := x + s.f(x)) + s.f(x), f=mlp())
-    (branch,) = find_branches(model, (torch.randn(2, DIM),), {}).branches
+    (branch,) = find(model, torch.randn(2, DIM)).branches
     assert (branch.name, branch.sums, sorted(branch.parameters)) == ("block.f", 2, sorted(names("f")))
     assert check_gating(model, {"input": torch.randn(2, DIM)}) == []
 
 
 def test_a_shared_norm_belongs_to_both_parallel_branches() -> None:
     model = net(lambda s, x: x + s.f(s.norm(x)) + s.g(s.norm(x)), norm=nn.LayerNorm(DIM), f=mlp(), g=mlp())
-    found = find_branches(model, (torch.randn(2, DIM),), {}).branches
+    found = find(model, torch.randn(2, DIM)).branches
     assert [b.name for b in found] == ["block.f", "block.g"]
     assert all({"block.norm.weight", "block.norm.bias"} <= set(b.parameters) for b in found)
 
@@ -212,7 +209,7 @@ def test_parameters_that_are_used_outside_too_belong_to_no_branch() -> None:
     model = net(lambda s, x: x + s.f(x), f=mlp())
     model.head[1] = nn.Linear(DIM, DIM)
     model.head[1].weight = model.block.f[0].weight
-    (branch,) = find_branches(model, (torch.randn(2, DIM),), {}).branches
+    (branch,) = find(model, torch.randn(2, DIM)).branches
     assert sorted(branch.parameters) == sorted(set(names("f")) - {"block.f.0.weight"})
 
 
@@ -231,7 +228,7 @@ class CrossAttention(nn.Module):
 
 
 def test_keys_and_values_of_a_cross_attention_belong_to_its_branch() -> None:
-    found = find_branches(CrossAttention(), (torch.randn(2, 5, DIM), torch.randn(2, 7, DIM)), {})
+    found = find(CrossAttention(), (torch.randn(2, 5, DIM), torch.randn(2, 7, DIM)))
     (branch,) = found.branches
     assert {p.split(".")[0] for p in branch.parameters} == {"q", "k", "v", "out"}
 
@@ -249,16 +246,16 @@ class Sequence(nn.Module):
 
 
 def test_the_batch_may_be_another_axis_and_inputs_may_be_keywords() -> None:
-    (branch,) = find_branches(Sequence(), (), {"tokens": torch.randn(4, 5, DIM), "scale": 2.0}).branches
+    (branch,) = find(Sequence(), {"tokens": torch.randn(4, 5, DIM), "scale": 2.0}).branches
     assert branch.name == "f"
-    assert [gate.rows for gate in branch.gates] == [RowAxis(1)]
+    assert [(gate.rows.axis, gate.rows.fold) for gate in branch.gates] == [(1, 1)]
     assert check_gating(Sequence(), {"tokens": torch.randn(2, 5, DIM)}) == []
 
 
 def test_folded_tokens_follow_the_mask_of_their_row() -> None:
     case = CASES["tokens folded into the batch"]
-    (branch,) = find_branches(case.model(), (inputs(case),), {}).branches
-    assert [gate.rows for gate in branch.gates] == [RowAxis(0, fold=5)]
+    (branch,) = find(case.model(), inputs(case)).branches
+    assert [(gate.rows.axis, gate.rows.fold) for gate in branch.gates] == [(0, 5)]
 
 
 REFUSED = {
@@ -280,7 +277,7 @@ def test_what_cannot_be_gated_soundly_is_refused_with_the_reason(reason: str, bo
     model = net(body, f=mlp(), g=mlp())
     model.head = nn.Sequential(nn.GELU(), nn.LazyLinear(3))
     model(torch.randn(2, DIM))
-    found = find_branches(model, (torch.randn(2, DIM),), {})
+    found = find(model, torch.randn(2, DIM))
     assert found.branches == ()
     (refusal,) = found.refused
     assert reason in refusal.reason
@@ -289,5 +286,5 @@ def test_what_cannot_be_gated_soundly_is_refused_with_the_reason(reason: str, bo
 
 def test_naming_a_refused_branch_gates_it() -> None:
     model = net(lambda s, x: x + s.f(s.g(s.f(x))), f=mlp(), g=mlp())
-    found = find_branches(model, (torch.randn(2, DIM),), {}, named=["block.f"])
+    found = find(model, torch.randn(2, DIM), branches=["block.f"])
     assert ([b.name for b in found.branches], found.refused) == (["block.f"], ())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rdp
-from tests.models.test_branches import DIM, net
+from models.test_branches import DIM, net
 
 
 class Takes(nn.Module):

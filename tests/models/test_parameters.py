@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import rdp
-from rdp.discovery.trace import tensors_in
-from tools.semantics import masks, wake
-from tools.zoo import zoo
-from tools.zoo_entry import Entry
+from models.semantics import ALWAYS, NEVER, tensors, wake
+from models.zoo import zoo
+from models.zoo_entry import Entry
 
 NAMES = [
     "test_vit", "test_resnet", "test_convnext", "test_byobnet", "test_mambaout", "BertModel", "BartModel", "T5Model",
@@ -24,7 +23,7 @@ def with_gradient(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> se
     """Names of the parameters that get a gradient other than zero from a random functional of the outputs."""
     model.zero_grad()
     torch.manual_seed(1)
-    outputs = [t for t in tensors_in(model(**{k: v.clone() for k, v in inputs.items()})) if t.requires_grad]
+    outputs = [t for t in tensors(model(**{k: v.clone() for k, v in inputs.items()})) if t.requires_grad]
     sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
 
@@ -37,16 +36,14 @@ def test_dropping_one_branch_silences_its_parameters_and_no_others(entry: Entry)
     model.eval()
     model.training = True  # the gates work; dropout would only blur the comparison
     warnings.simplefilter("ignore", rdp.RdpWarning)  # XLNet's and Funnel's refusals are tested elsewhere
-    with rdp.attach(model, 0.5, decay="constant", compute="dense", example_inputs=inputs) as handle:
-        with masks(torch.tensor([True, True])):
-            learning = with_gradient(model, inputs)
-        owners = Counter(name for branch in handle.branches for name in branch.parameters)
-        assert owners, "no parameters to look at"
-        for index, branch in enumerate(handle.branches):
-            chosen = torch.ones(len(handle.branches), 2, dtype=torch.bool)
-            chosen[index] = False
-            with masks(chosen):
-                silenced = learning - with_gradient(model, inputs)
-            inner = [b for b in handle.branches if b.inside == index]
-            alone = {name for name in branch.parameters if owners[name] == 1} | {p for b in inner for p in b.parameters}
-            assert silenced == alone & learning, branch.name
+    settings = {"decay": "constant", "compute": "dense", "example_inputs": inputs}
+    with rdp.attach(model, NEVER, **settings) as handle:
+        learning = with_gradient(model, inputs)
+    owners = Counter(name for branch in handle.branches for name in branch.parameters)
+    assert owners, "no parameters to look at"
+    for index, branch in enumerate(handle.branches):
+        with rdp.attach(model, ALWAYS, branches=lambda name, module, only=branch.name: name == only, **settings):
+            silenced = learning - with_gradient(model, inputs)
+        inner = [b for b in handle.branches if b.inside == index]
+        alone = {name for name in branch.parameters if owners[name] == 1} | {p for b in inner for p in b.parameters}
+        assert silenced == alone & learning, branch.name

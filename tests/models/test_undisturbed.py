@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rdp
-from rdp.discovery.find import find_branches
+from models.found import find
 
 
 class Observer(nn.Module):
@@ -69,7 +69,8 @@ MODELS = {
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_discovery_leaves_everything_as_it_was(make: Any, training: bool) -> None:
+@pytest.mark.parametrize("compute", ["auto", "dense"])
+def test_discovery_leaves_everything_as_it_was(make: Any, training: bool, compute: str) -> None:
     model = make()
     side = 224 if "levit" in type(model).__name__.lower() else 160
     batch = torch.randn(2, 3, side, side)
@@ -79,8 +80,10 @@ def test_discovery_leaves_everything_as_it_was(make: Any, training: bool) -> Non
     if isinstance(model, Observer):
         model.frozen.eval()
     before, drawn, pixels, version = everything(model), generators(), batch.clone(), batch._version
-    found = find_branches(model, (batch,), {})
-    assert found.branches
+    with rdp.attach(model, example_inputs=batch, compute=compute) as handle:
+        assert handle.branches
+        found = everything(model)
+        assert [key for key in before if not same(before[key], found[key])] == ["hooks"]
     after = everything(model)
     assert [key for key in before if not same(before[key], after[key])] == []
     assert generators() == drawn
@@ -92,7 +95,7 @@ def test_discovery_leaves_no_trace_when_the_forward_raises() -> None:
     model, wrong = Observer().train(), torch.randn(2, 5, 8, 8)
     before, drawn = everything(model), generators()
     with pytest.raises(RuntimeError, match="running_mean"):
-        find_branches(model, (wrong,), {})
+        rdp.attach(model, example_inputs=wrong)
     after = everything(model)
     assert [key for key in before if not same(before[key], after[key])] == []
     assert generators() == drawn
@@ -100,7 +103,7 @@ def test_discovery_leaves_no_trace_when_the_forward_raises() -> None:
 
 def test_at_most_two_rows_of_a_large_batch_are_used() -> None:
     model = Observer()
-    find_branches(model, (torch.randn(1000, 3, 4, 4),), {})
+    find(model, torch.randn(1000, 3, 4, 4))
     assert max(model.rows) == 2
     assert sum(model.rows) <= 6
 
@@ -113,10 +116,10 @@ def test_the_first_training_forward_finds_branches_on_two_rows_and_then_runs_onc
 
 
 def test_a_batch_of_one_row_is_enough() -> None:
-    assert [b.name for b in find_branches(Observer(), (torch.randn(1, 3, 4, 4),), {}).branches] == ["f"]
+    assert [b.name for b in find(Observer(), torch.randn(1, 3, 4, 4)).branches] == ["f"]
 
 
 def test_inputs_that_need_gradients_get_none() -> None:
     batch = torch.randn(2, 3, 4, 4, requires_grad=True)
-    find_branches(Observer(), (batch,), {})
+    find(Observer(), batch)
     assert batch.grad is None

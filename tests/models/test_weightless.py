@@ -1,18 +1,14 @@
-"""Models are traced on `meta` first: what is found is the same, nothing of it stays, and numbers decide in the end."""
+"""Models are traced on `meta` first, which nobody notices: not the model, not its hooks, not what is found."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rdp
-from rdp.discovery import forwards
-from rdp.discovery.find import Discovery, find_branches
-from rdp.discovery.weightless import weightless
-from tests.models.test_branches import CASES, inputs
+from models.found import find
+from models.test_branches import CASES, Case, inputs
 
 WIDTH = 8
 
@@ -21,19 +17,18 @@ def block() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
 
 
-def found(model: nn.Module, *rows: Tensor, **options: Any) -> Discovery:
-    return find_branches(model, rows, {}, want_programs=True, **options)
+def on_rows(model: nn.Module, x: Tensor) -> list[str]:
+    """The names of the branches that can run on some of the rows."""
+    return [branch.name for branch in find(model, x, compute="auto").branches if branch.compute == "rows"]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_same_is_found_as_with_numbers(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_is_found_with_numbers_which_hooks_of_somebody_else_ask_for(case: Case) -> None:
     torch.manual_seed(0)
     model, batch = case.model(), inputs(case)
-    first = found(model, batch)
-    monkeypatch.setattr(forwards, "only_device", lambda model: None)
-    second = found(model, batch)
-    assert (first.branches, first.refused, first.additions) == (second.branches, second.refused, second.additions)
-    assert first.programs.keys() == second.programs.keys()
+    expected = find(model, batch, compute="auto")
+    model.register_forward_hook(lambda *_: None)
+    assert find(model, batch, compute="auto") == expected
 
 
 class Deep(nn.Module):
@@ -53,7 +48,7 @@ class Deep(nn.Module):
 
 def test_a_deep_model_computes_its_first_block_only() -> None:
     model = Deep([block() for _ in range(20)])
-    assert len(found(model, torch.randn(4, WIDTH)).programs) == 20
+    assert len(on_rows(model, torch.randn(4, WIDTH))) == 20
     assert model.calls == [2] + 19 * [0]
 
 
@@ -62,7 +57,7 @@ def test_hooks_of_somebody_else_see_numbers_and_forwards_that_end() -> None:
     on_meta, ends = [], []
     model.blocks[0].register_forward_hook(lambda module, args, output: on_meta.append(output.is_meta))
     model.register_forward_hook(lambda module, args, output: ends.append(1))
-    assert len(found(model, torch.randn(4, WIDTH)).programs) == 3
+    assert len(on_rows(model, torch.randn(4, WIDTH))) == 3
     assert model.calls == [4, 4, 4]
     assert len(ends) == 4
     assert not any(on_meta)
@@ -82,7 +77,7 @@ class Sometimes(nn.Module):
 @pytest.mark.filterwarnings("ignore:the rows of a batch influence")
 def test_branches_of_one_class_that_compute_differently_are_verified_one_by_one() -> None:
     model = Deep([Sometimes(False), Sometimes(True), Sometimes(False)])
-    assert sorted(found(model, torch.randn(4, WIDTH)).programs) == ["blocks.0", "blocks.2"]
+    assert on_rows(model, torch.randn(4, WIDTH)) == ["blocks.0", "blocks.2"]
 
 
 class Caching(nn.Module):
@@ -108,31 +103,9 @@ class Caching(nn.Module):
         return x + self.f(self.tied(x * self.table * self.scale * self.by_size[x.shape[1]]))
 
 
-@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
-def test_whatever_a_forward_without_numbers_leaves_is_taken_back(error: type[BaseException] | None) -> None:
-    model = Caching()
-    parameters, containers = dict(model.named_parameters()), (model.by_size, model.seen, model._parameters)
-    attributes = set(vars(model))
-    try:
-        with weightless(model):
-            assert all(p.is_meta for p in model.parameters())
-            assert model.tied.weight is model.f.weight
-            model(torch.ones(2, WIDTH, device="meta"))
-            assert model.table.is_meta
-            if error is not None:
-                raise error
-    except (KeyError, KeyboardInterrupt):
-        pass
-    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert model.tied.weight is model.f.weight
-    assert (model.table, model.scale, model.by_size, model.seen) == (None, None, {}, [])
-    assert all(a is b for a, b in zip(containers, (model.by_size, model.seen, model._parameters), strict=True))
-    assert set(vars(model)) == attributes
-
-
 def test_a_model_that_keeps_tensors_trains_after_it_was_searched() -> None:
     model = Caching()
-    assert found(model, torch.randn(4, WIDTH)).branches
+    assert find(model, torch.randn(4, WIDTH), compute="auto").branches
     model(torch.randn(4, WIDTH)).sum().backward()
     assert model.f.weight.grad is not None
 
@@ -149,8 +122,7 @@ class ByValue(nn.Module):
 
 
 def test_a_model_that_asks_for_numbers_is_traced_with_numbers() -> None:
-    discovery = found(ByValue(), torch.randn(4, WIDTH))
-    assert [branch.name for branch in discovery.branches] == list(discovery.programs) == ["f"]
+    assert on_rows(ByValue(), torch.randn(4, WIDTH)) == ["f"]
 
 
 class Attend(nn.Module):
@@ -175,9 +147,9 @@ class OtherwiseOnMeta(nn.Module):
 
 def test_a_model_that_does_something_else_on_meta_is_traced_with_numbers() -> None:
     model = OtherwiseOnMeta()
-    discovery = found(model, torch.randn(4, WIDTH))
-    assert list(discovery.programs) == ["f"]
-    assert discovery.branches[0].parameters == ("f.linear.weight", "f.linear.bias")
+    (branch,) = find(model, torch.randn(4, WIDTH), compute="auto").branches
+    assert (branch.name, branch.compute) == ("f", "rows")
+    assert branch.parameters == ("f.linear.weight", "f.linear.bias")
 
 
 class NothingOnMeta(nn.Module):
@@ -190,7 +162,7 @@ class NothingOnMeta(nn.Module):
 
 
 def test_a_model_without_branches_on_meta_is_traced_with_numbers() -> None:
-    assert list(found(NothingOnMeta(), torch.randn(4, WIDTH)).programs) == ["f"]
+    assert on_rows(NothingOnMeta(), torch.randn(4, WIDTH)) == ["f"]
 
 
 class MakesATable(nn.Module):
@@ -221,7 +193,7 @@ def test_no_device_of_the_trace_is_left_in_what_runs_on_rows() -> None:
 def test_autocast_is_searched_with_numbers_since_it_does_nothing_on_meta() -> None:
     model = Deep([block() for _ in range(3)])
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(found(model, torch.randn(4, WIDTH)).programs) == 3
+        assert len(on_rows(model, torch.randn(4, WIDTH))) == 3
     assert model.calls[-1] == 2
 
 
@@ -243,7 +215,7 @@ class Stubborn(nn.Module):
 
 def test_the_early_end_of_a_forward_is_no_error_that_a_model_could_handle() -> None:
     model = Stubborn()
-    assert list(found(model, torch.randn(4, WIDTH)).programs) == ["f"]
+    assert on_rows(model, torch.randn(4, WIDTH)) == ["f"]
     assert not model.went_on
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
 
-from rdp.discovery.find import Discovery, find_branches
-from tools.model_coverage import discover, own_drop_paths, parse
-from tools.semantics import check_gating
-from tools.zoo import zoo
-from tools.zoo_entry import Entry
+from models.found import Found, find
+from models.semantics import check_gating
+from models.table import parse
+from models.zoo import zoo
+from models.zoo_entry import Entry, drops_paths
+
+pytestmark = pytest.mark.filterwarnings("error::rdp.RdpWarning", "ignore:.* left ungated:rdp.RdpWarning")
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = parse(DOCUMENT.read_text())
@@ -30,12 +34,11 @@ def test_the_table_has_a_row_for_each_model_of_the_zoo() -> None:
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.key)
 def test_the_table_says_what_discovery_finds(entry: Entry) -> None:
-    found, row = discover(entry), TABLE[entry.key]
+    found, row = entry.find(), TABLE[entry.key]
     assert len(found.branches) == int(row["branches"])
     assert sum(branch.sums for branch in found.branches) == int(row["sums"])
     assert (f"`{found.branches[-1].name}`" if found.branches else "") == row["last branch"]
     assert len(found.refused) == sum(map(int, re.findall(r"(?:^|; )(\d+): ", row["refused"])))
-    assert found.coupled is None
 
 
 @pytest.mark.parametrize("key", TABLE)
@@ -43,16 +46,15 @@ def test_every_gated_model_of_the_table_is_exact(key: str) -> None:
     assert TABLE[key]["check"] in ("exact", "")
 
 
-def found_in(name: str, size: int = 224) -> Discovery:
+def found_in(create_model: Callable[[str], nn.Module], name: str) -> Found:
     with torch.device("meta"):
-        return find_branches(timm.create_model(name), (torch.zeros(2, 3, size, size),), {})
+        return find(create_model(name), torch.zeros(2, 3, 224, 224), native="off")
 
 
 def test_resnet_50_ends_its_branches_at_the_last_batch_norm() -> None:
     blocks = [f"layer{stage}.{i}" for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)]
-    with torch.device("meta"):
-        theirs = find_branches(torchvision.models.resnet50(), (torch.zeros(2, 3, 224, 224),), {})
-    for found in (found_in("resnet50"), theirs):
+    for create_model in (timm.create_model, torchvision.models.get_model):
+        found = found_in(create_model, "resnet50")
         assert [b.name for b in found.branches] == [f"{block}.bn3" for block in blocks]
         assert [b.kind for b in found.branches] == [
             "projection" if block.endswith(".0") else "identity" for block in blocks
@@ -64,7 +66,7 @@ def test_resnet_50_ends_its_branches_at_the_last_batch_norm() -> None:
 
 
 def test_vit_base_has_two_branches_a_block_with_their_norms() -> None:
-    found = found_in("vit_base_patch16_224")
+    found = found_in(timm.create_model, "vit_base_patch16_224")
     assert [b.name for b in found.branches] == [f"blocks.{i}.drop_path{j}" for i in range(12) for j in (1, 2)]
     assert [b.depth for b in found.branches] == [i for i in range(12) for _ in range(2)]
     for i, branch in enumerate(found.branches):
@@ -78,13 +80,13 @@ def test_vit_base_has_two_branches_a_block_with_their_norms() -> None:
     [("swin_tiny_patch4_window7_224", 24), ("convnext_tiny", 18), ("resnet50", 16), ("vit_base_patch16_224", 24)],
 )
 def test_well_known_models_have_the_branches_of_their_papers(name: str, branches: int) -> None:
-    found = found_in(name)
+    found = found_in(timm.create_model, name)
     assert (len(found.branches), found.refused) == (branches, ())
 
 
 def test_bert_has_attention_and_feed_forward_branches() -> None:
     (entry,) = [e for e in ZOO if e.name == "BertModel"]
-    assert [b.name for b in discover(entry).branches] == [
+    assert [b.name for b in entry.find().branches] == [
         f"encoder.layer.{i}.{part}.dropout" for i in range(2) for part in ("attention.output", "output")
     ]
 
@@ -92,14 +94,14 @@ def test_bert_has_attention_and_feed_forward_branches() -> None:
 @pytest.mark.parametrize("family", ["densenet", "inception_v3", "inception_v4", "pnasnet", "selecsls", "vgg", "rdnet"])
 def test_models_that_concatenate_have_no_branches(family: str) -> None:
     (entry,) = [e for e in ZOO if e.source == "timm" and e.family == family]
-    found = discover(entry)
+    found = entry.find()
     assert (found.branches, found.refused) == ((), ())
 
 
 @pytest.mark.parametrize("family", ["dpn", "rexnet"])
 def test_partial_residual_connections_are_refused_by_name(family: str) -> None:
     (entry,) = [e for e in ZOO if e.source == "timm" and e.family == family]
-    found = discover(entry)
+    found = entry.find()
     assert found.branches == ()
     assert all(refusal.name and refusal.reason for refusal in found.refused)
     assert len(found.refused) > 10
@@ -108,10 +110,12 @@ def test_partial_residual_connections_are_refused_by_name(family: str) -> None:
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "test_nfnet", "test_byobnet"])
 def test_all_of_a_models_own_drop_paths_are_on_branches(name: str) -> None:
     (entry,) = [e for e in ZOO if e.name == name]
-    own = own_drop_paths(entry)
-    assert own is not None
-    assert own[0] > 0
-    assert own[1] == 0
+    torch.manual_seed(0)
+    model = entry.build(drop_path_rate=0.1)
+    own = {name for name, module in model.named_modules() if drops_paths(module)}
+    found = find(model, entry.inputs(2), native="off")
+    assert own
+    assert own <= {gate.module for branch in found.branches for gate in branch.gates}
 
 
 SMALL = [

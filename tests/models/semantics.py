@@ -8,17 +8,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
+from laws.masks import draw
 from torch import Tensor, nn
 
 import rdp
-from rdp.discovery.trace import tensors_in
 
+NEVER, ALWAYS = 1e-12, 1 - 1e-12
+"""Rates of branches that are gated, and drop no row or all rows."""
 _TINY = 1e-3
 
 
@@ -39,7 +41,7 @@ def check_gating(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
     settings: dict[str, Any] = {"decay": "constant", "compute": "dense", "example_inputs": inputs}
     problems = []
 
-    with rdp.attach(model, 0.5, **settings) as handle, masks(torch.tensor([True, True])):
+    with rdp.attach(model, NEVER, **settings) as handle:
         listed = {name for branch in handle.branches for name in branch.parameters}
         kept, _ = _run(model, inputs, backward=False)
         handle.advance()
@@ -49,7 +51,7 @@ def check_gating(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
     problems += [] if _equal(frozen, plain) else ["FREEZE is not the plain forward"]
     problems += [f"FREEZE moves {_some(moving)}"] if moving else []
 
-    with rdp.attach(model, 0.5, **settings) as handle, masks(torch.tensor([False, False])):
+    with rdp.attach(model, ALWAYS, **settings) as handle:
         leaking, hooks = _watch_gates(model, handle)
         _, gradients = _run(model, inputs)
         for hook in hooks:
@@ -64,27 +66,17 @@ def check_gating(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
     model.eval()
     model.training = True  # the gates work, but BatchNorm and dropout do not tie rows together
     twins = {key: value[:1].expand_as(value).clone() for key, value in inputs.items()}
+    names = [branch.name for branch in handle.branches]
+    settings |= {"branches": lambda name, module: name in names, "seed": _telling_seed(len(names))}
     with rdp.attach(model, 0.5, **settings) as handle:
-        even = torch.arange(len(handle.branches)) % 2 == 0
-        with masks(torch.stack([even, even], 1)):
-            alike, _ = _run(model, twins, backward=False)
-        handle.load_state_dict({**handle.state_dict(), "step_count": 0})
-        with masks(torch.stack([even, ~even], 1)):
-            apart, _ = _run(model, twins, backward=False)
+        apart, _ = _run(model, twins, backward=False)
+        first = handle.masks[:, :1]
+    with rdp.attach(model, 0.5, mode="batch", **settings) as handle:
+        alike, _ = _run(model, twins, backward=False)
+        assert torch.equal(handle.masks, first.expand(-1, 2)), "batch mode masks all rows as row mode masks the first"
     problems += [] if _equal(_row(alike, 0), _row(apart, 0)) else ["the mask of one row changes another"]
     problems += [] if not _equal(_row(alike, 1), _row(apart, 1)) else ["the mask of a row changes nothing"]
     return problems
-
-
-@contextmanager
-def masks(chosen: Tensor) -> Iterator[None]:
-    """Give all forwards these masks: bool `Tensor[rows]`, or `Tensor[branches, rows]`, `True` for undropped rows."""
-
-    def draw(rates: list[float], rows: int, **_: object) -> Tensor:
-        return (chosen if chosen.dim() == 2 else chosen.expand(len(rates), -1))[:, :rows].clone()
-
-    with mock.patch("rdp.masks.draw", draw):
-        yield
 
 
 def wake(model: nn.Module) -> None:
@@ -95,11 +87,30 @@ def wake(model: nn.Module) -> None:
                 parameter.normal_(std=0.2)
 
 
+def tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, sets, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors(tuple(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from tensors([getattr(value, field.name, None) for field in dataclasses.fields(value)])
+
+
+def _telling_seed(branches: int) -> int:
+    """The first seed with which two rows differ in the masks of at least half of the branches."""
+    drawn = (draw([0.5] * branches, 2, seed=seed, cycle=0, micro_batch=0) for seed in itertools.count())
+    return next(seed for seed, masks in enumerate(drawn) if 2 * sum(a != b for a, b in masks) >= branches)
+
+
 def _run(model: nn.Module, inputs: Mapping[str, Tensor], backward: bool = True) -> tuple[list[Tensor], dict[str, bool]]:
     """The outputs of a forward at a fixed seed, and which parameters get a gradient other than zero."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
-    outputs = [t for t in tensors_in(model(**{k: v.clone() for k, v in inputs.items()})) if t.is_floating_point()]
+    outputs = [t for t in tensors(model(**{k: v.clone() for k, v in inputs.items()})) if t.is_floating_point()]
     if backward:
         # A random functional: the plain sum of a LayerNorm's output has no gradient.
         sum((t * torch.randn_like(t)).sum() for t in outputs if t.requires_grad).backward()
@@ -112,10 +123,10 @@ def _watch_gates(model: nn.Module, handle: rdp.ResidualDropPath) -> tuple[set[st
     leaking: set[str] = set()
     hooks = []
 
-    def watch(gate: rdp.branches.GatePoint) -> Any:
+    def watch(gate: Any) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = list(tensors_in(output))[gate.leaf]
-            expected = next(tensors_in(args)) if gate.of_block else torch.zeros_like(value)
+            value = list(tensors(output))[gate.leaf]
+            expected = next(tensors(args)) if gate.of_block else torch.zeros_like(value)
             if not torch.equal(value, expected):
                 leaking.add(gate.module)
 

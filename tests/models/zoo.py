@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.zoo_entry import Entry, images
+from models.zoo_entry import Entry, images
 
 # The smallest model of each family that has residual branches, if the family has any.
 TIMM = """
@@ -110,6 +110,6 @@ def torchvision_models() -> list[Entry]:
 
 def zoo() -> list[Entry]:
     """Every model."""
-    from tools.zoo_transformers import transformers_models
+    from models.zoo_transformers import transformers_models
 
     return [*timm_models(), *torchvision_models(), *transformers_models()]

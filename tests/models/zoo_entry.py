@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from models.found import Found, find
+
 Inputs = dict[str, Tensor]
 
 
@@ -42,6 +44,12 @@ class Entry:
             return model, rows
         return self.build(), self.inputs(2)
 
+    def find(self) -> Found:
+        """What is found in the model; on `meta` where it can run there."""
+        torch.manual_seed(0)
+        with torch.device("meta" if self.on_meta else "cpu"):
+            return find(self.build(), self.inputs(2))
+
     @property
     def key(self) -> str:
         """Unique name: package and model."""
@@ -52,3 +60,10 @@ def images(size: int | tuple[int, ...] = 224, channels: int = 3, name: str = "x"
     """Inputs maker: `rows` random images of `size` pixels."""
     shape = (channels, size, size) if isinstance(size, int) else size
     return lambda rows: {name: torch.randn(rows, *shape)}
+
+
+def drops_paths(module: nn.Module) -> bool:
+    """Is this an active DropPath?"""
+    kind = type(module).__name__.lower()
+    active = getattr(module, "drop_prob", 0) or getattr(module, "p", 0)
+    return bool(active) and ("droppath" in kind or "stochasticdepth" in kind)

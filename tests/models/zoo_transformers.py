@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.zoo_entry import Entry, Inputs, images
+from models.zoo_entry import Entry, Inputs, images
 
 # The same sizes under the names that the configurations use.
 _BERT = {

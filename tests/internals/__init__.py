@@ -1,0 +1,1 @@
+"""Inner data structures of the library, which no public name shows."""
