@@ -17,16 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import project_paths  # noqa: F401
 import torch
 import tyro
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
 from data import make_loader
 from data.beton_writer import ArraySource, FolderSource, write_beton
 from data.cpus import cpus_of_a_process
@@ -37,6 +30,11 @@ from data.loader import LoaderChoice
 from data.memory_loader import MemoryLoader
 from data.sampling import Sampler, subset
 from data.transforms import Crop, Pixels
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
 
 Epoch = Callable[[], Iterable[object]]
 

@@ -11,7 +11,6 @@ feature reuse as mean and standard deviation over seeds, and draws the distance 
 from __future__ import annotations
 
 import pickle
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import project_paths  # noqa: F401
 import torch
 import tyro
+from spiral_mlp import ALGORITHMS, GRID, ResidualMLP, test
 from torch import Tensor
 
 import rdp
 from rdp.analysis import FeatureReuse, cka_matrix, distance_matrix, extract_features, feature_reuse, grid, spiral
 from rdp.tensorboard import Image, Layer, comparison_panel, feature_panel, node_maps, png, similarity_panel
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-from spiral_mlp import ALGORITHMS, GRID, ResidualMLP, test
 
 Checkpoint = dict[str, Any]
 

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import project_paths  # noqa: F401
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
 from data import DataError
 from data.beton_writer import PAGE_SIZE, ArraySource, FolderSource, Source, write_beton
 from data.cpus import cpus_of_a_process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ import spiral_mlp
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import figures
+from tools import figures
 
 TINY = ["--depth", "3", "--width", "10", "--epochs", "2", "--samples", "512", "--pictures", "2"]
 
