@@ -1,7 +1,7 @@
 """Random crops and flips as pure functions of (seed, epoch, sample), computed for a whole batch at a time.
 
-No generator is consumed: every random number is a hash of what it is for. So neither the loader, nor the number of
-workers, nor where a run was resumed changes an image.
+Every sample has a stream of random numbers for each epoch. So neither the loader, nor the number of workers, nor where
+a run was resumed changes an image.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ DRAWS = 3 + 4 * TRIES  # random numbers that a sample can use: flip, two offsets
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """Random numbers of samples, uniform in [0, 1), `float64[N, DRAWS]`.
 
-    Source: SplitMix64 (Steele, Lea and Flood 2014), used as a counter-based generator.
+    Philox is counter-based: seed and epoch are its key, and each sample begins at a counter of its own.
     """
-    step = np.uint64(0x9E3779B97F4A7C15)
-    key = _mix(_mix(np.array([seed], np.uint64) * step) + np.array([epoch], np.uint64) * step)
-    sample = _mix(key + indices.astype(np.uint64) * step)
-    draw = _mix(sample[:, None] + np.arange(1, DRAWS + 1, dtype=np.uint64) * step)
-    return (draw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    philox = np.random.Philox(key=seed + (epoch << 64))
+    generator, state = np.random.Generator(philox), philox.state
+    draws = np.empty((len(indices), DRAWS))
+    for index, row in zip(indices, draws, strict=True):
+        state["state"]["counter"][1] = index
+        philox.state = state  # much faster than a new generator
+        generator.random(out=row)
+    return draws
 
 
 def flip_(images: Tensor, draws: NDArray[np.float64]) -> Tensor:

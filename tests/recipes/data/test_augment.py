@@ -21,6 +21,12 @@ def test_uniforms_of_a_sample_do_not_depend_on_its_batch(seed, epoch, indices):
     assert ((together >= 0) & (together < 1)).all()
 
 
+@given(seeds, epochs, st.integers(0, 2**31))
+def test_uniforms_of_a_sample_are_a_stream_of_philox(seed, epoch, index):
+    stream = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, index, 0, 0]))
+    assert np.array_equal(uniforms(seed, epoch, np.array([index]))[0], stream.random(DRAWS))
+
+
 def test_uniforms_are_uniform_and_unrelated():
     draws = np.stack([uniforms(seed, epoch, np.arange(2000)) for seed in range(2) for epoch in range(2)])
     counts, _ = np.histogram(draws, bins=100, range=(0, 1))
