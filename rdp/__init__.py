@@ -22,8 +22,8 @@ from rdp.errors import (
     StateError,
 )
 from rdp.handle import ResidualDropPath
-from rdp.optim import MaskedOptimizer
 from rdp.phases import Phase
+from rdp.training.optimizer import MaskedOptimizer
 
 __version__ = "0.1.0"
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rdp import setup
+from rdp.choose import check_model
+from rdp.distributed.ranks import Ranks
 from rdp.handle import ResidualDropPath
 from rdp.masks import Decay, Mode, Sampling
 from rdp.options import Compute, Freeze, Native, Options, Select
 from rdp.phases import Phase, Schedule
-from rdp.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,7 +100,7 @@ def attach(
         compute=compute,
         seed=seed,
     )
-    setup.check_model(model, options)
+    check_model(model, options)
     handle = ResidualDropPath(model, options, Ranks(process_group))
     if example_inputs is not None:
         try:

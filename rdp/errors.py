@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
 
 
 class RdpError(Exception):
@@ -48,3 +51,15 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rdp", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, RdpWarning, stacklevel=level)
+
+
+def shortened(value: object, limit: int = 120) -> str:
+    """`repr(value)` for a message, cut where it is long; of a tensor its shape."""
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def listed(items: Sequence[str], limit: int = 8) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,19 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rdp import hooks, setup, traced
-from rdp.agreement import ShadowHook
+from rdp import choose, trees
 from rdp.branches import Branch, Refusal, branch_table
-from rdp.discovery.forwards import batch_size
-from rdp.discovery.trace import tensors_in
-from rdp.doctor import Checkup, check
-from rdp.errors import ArgumentError, AttachError, StateError
+from rdp.check import Checkup, check
+from rdp.distributed.agreement import ShadowHook
+from rdp.distributed.ranks import Ranks, check_sharding
+from rdp.errors import ArgumentError, AttachError, shortened
 from rdp.native import NativeDrop, find_native_drops
-from rdp.optim import MaskedOptimizer
 from rdp.options import Options
 from rdp.phases import Phase
-from rdp.ranks import Ranks, check_sharding
-from rdp.run import Run
+from rdp.training import compiled, hooks
+from rdp.training.optimizer import MaskedOptimizer
+from rdp.training.run import Run
+from rdp.training.state import check_branches, load, save
 
 
 class ResidualDropPath:
@@ -43,17 +42,13 @@ class ResidualDropPath:
         self.model = model
         self.options = options
         self.refused: tuple[Refusal, ...] = ()
-        self._run = Run(model, options, ranks)
-        traced.register(self._run)
-        self._pending_state: dict[str, Any] | None = None
+        self._run = Run(model, options, ranks, self._discover)
+        compiled.register(self._run)
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
         for drop in self._silenced:
             drop.silence()
-        self._hooks: list[RemovableHandle] = [
-            model.register_forward_pre_hook(hooks.BeginHook(self._run, self._discover), with_kwargs=True, prepend=True),
-            model.register_forward_hook(hooks.EndHook(self._run), always_call=True),
-        ]
-        traced.forget_compiled()
+        self._hooks: list[RemovableHandle] = list(hooks.install_on_model(self._run))
+        compiled.forget_compiled()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -68,22 +63,22 @@ class ResidualDropPath:
     @property
     def phase(self) -> Phase:
         """The phase of the current optimizer step."""
-        return self._run.progress.phase
+        return self._run.step.phase
 
     @property
     def step_count(self) -> int:
         """The number of optimizer steps that have ended."""
-        return self._run.progress.step_count
+        return self._run.step.number
 
     @property
     def masks(self) -> Tensor:
         """The masks of the latest training forward, bool `Tensor[branches, rows]` on the CPU; `True` is undropped."""
-        return self._run.progress.masks.clone()
+        return self._run.masks.clone()
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the parameters that do not move in the current step, as far as its forwards have shown."""
-        frozen = self._run.frozen_parameters()
+        frozen = self._run.frozen.parameters(self._run.live())
         return tuple(name for name, p in self.model.named_parameters() if id(p) in frozen)
 
     def wrap(self, optimizer: Optimizer) -> MaskedOptimizer:
@@ -108,25 +103,23 @@ class ResidualDropPath:
                 f"this {type(optimizer).__name__} holds no parameter of the attached {type(self.model).__name__}; "
                 "build it from model.parameters() of the very model that was attached"
             )
-        # A new optimizer over the same parameters, for a second stage of training, takes the place of the old one.
-        others = [o for o in self._run.optimizers if held.isdisjoint(map(id, o.parameters()))]
-        self._run.optimizers = [*others, wrapped]
+        self._run.wrapped(wrapped)
         return wrapped
 
     def advance(self) -> None:
         """End the current optimizer step and go to the next phase; `MaskedOptimizer.step` does so by itself."""
-        self._run.advance()
+        self._run.announced()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forwards are plain and do not count."""
-        depth = len(self._run.forwards.running)
+        depth = len(self._run.calls.running)
         self._run.pauses += 1
         try:
             yield
         finally:
             self._run.pauses -= 1
-            del self._run.forwards.running[depth:]  # no hook is called where KeyboardInterrupt ended a forward
+            del self._run.calls.running[depth:]  # no hook is called where KeyboardInterrupt ended a forward
 
     def discover(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
         """Find the branches now, from the inputs of a forward; does nothing where they are known.
@@ -142,12 +135,12 @@ class ResidualDropPath:
         self._check_attached()
         kwargs = inputs if isinstance(inputs, Mapping) else {}
         args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        if not batch_size(args, kwargs):
+        if not trees.batch_size((args, kwargs)):
             raise ArgumentError(
                 "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
-                f"arguments, with at least one row; got {setup.shortened(inputs)}"
+                f"arguments, with at least one row; got {shortened(inputs)}"
             )
-        if any(tensor.is_inference() for tensor in tensors_in((args, kwargs))):
+        if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
             raise ArgumentError(
                 "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
                 "through the model; pass a clone() of it that is made outside"
@@ -170,42 +163,25 @@ class ResidualDropPath:
         for drop in self._silenced:
             drop.restore()
         if self._hooks:
-            traced.forget_compiled()
+            compiled.forget_compiled()
         self._run.agreement.ranks.leave()
         self._hooks, self._silenced, self._run.attached = [], [], False
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, seed and masks, as tensors and plain numbers: `torch.load(..., weights_only=True)` reads it."""
-        state = self._run.progress.state_dict() | {"ranks": self._run.agreement.ranks.size}
-        if self._pending_state is None:
-            return state
-        pending = copy.deepcopy(self._pending_state)
-        if pending["step_count"] == state["step_count"]:
-            return pending
-        return pending | {key: state[key] for key in ("step_count", "forwards", "replayed")}
+        """Counters, seed, rates and rows, as plain numbers: `torch.load(..., weights_only=True)` reads it."""
+        return save(self._run)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved; before the branches are found it is kept until then.
+        """Continue where `state` was saved; the forwards that it holds count as those that have learnt.
 
-        One rank's state does for all, unless they had different numbers of micro-batches (or of rows, with
-        `sampling="fixed"`): then each must load what it saved.
+        Before the branches are found it is kept until then. One rank's state does for all, unless they had different
+        numbers of micro-batches (or of rows, with `sampling="fixed"`): then each must load what it saved.
 
         Raises:
             StateError: If the state is of a handle with other branches, rates, phases or another mode, or of another
                 number of ranks.
         """
-        self._run.progress.check(state)
-        saved, here = state.get("ranks"), self._run.agreement.ranks.size
-        if not isinstance(saved, int):
-            raise StateError(f"ranks in the state is damaged or missing: {setup.shortened(saved)}. Load another one")
-        if saved != here and self.options.mode == "row":
-            raise StateError(
-                f"the state was saved by {saved} ranks and is loaded by {here}, whose rows would be masked otherwise. "
-                f"Resume with {saved}, or set state['ranks'] = {here} to accept other masks from here on"
-            )
-        self._run.progress.load_state_dict(state, self._run.agreement.ranks.rank)
-        self._pending_state = None if self.branches else copy.deepcopy(state)
-        self._run.moved()
+        load(self._run, state)
 
     def join_hook(self, **kwargs: Any) -> ShadowHook:
         """What `torch.distributed.algorithms.join.Join([ddp_model, handle])` does on ranks that are out of data."""
@@ -238,23 +214,24 @@ class ResidualDropPath:
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
-        setup.check_unattached(self.model, besides=self._run)
+        choose.check_unattached(self.model, besides=self._run)
         check_sharding(self.model, self._run.agreement.ranks)
         with torch.inference_mode(False), self.paused():
-            branches, refused, programs = setup.choose_branches(self.model, self.options, args, kwargs)
+            choice = choose.choose_branches(self.model, self.options, args, kwargs)
+        check_branches(self._run, choice.branches)
         installed: list[RemovableHandle] = []
         try:
-            for index, branch in enumerate(branches):
+            for index, branch in enumerate(choice.branches):
                 if branch.rate > 0:
-                    installed += hooks.install(self._run, index, branch, programs.get(branch.name))
-            self._run.found(branches, self.state_dict() if self._pending_state is not None else None)
+                    installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
+            self._run.found(choice.branches)
         except BaseException:  # all or nothing: with some of the hooks, the other branches would train plainly
             for hook in installed:
                 hook.remove()
             raise
         self._hooks += installed
-        self.refused, self._pending_state = refused, None
-        traced.forget_compiled()
+        self.refused = choice.refused
+        compiled.forget_compiled()
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -263,8 +240,9 @@ class ResidualDropPath:
             )
 
     def _skip_to(self, step: int) -> None:
-        self._run.progress.skip_to(step)
-        self._run.moved()
+        if step > self.step_count:
+            # What others drew in DROP is not known, but forward k has draw k unless one was thrown away.
+            self._run.go_to(step)
 
     @property
     def _join_config(self) -> Any:

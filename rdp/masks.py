@@ -82,29 +82,25 @@ def draw(
         rank, drawn = 0, 1
     else:
         drawn = max(rows, fixed_among or 0)
-    words = _words(len(rates), -(-drawn // 4), seed, cycle, micro_batch, rank)[:, :drawn]
+    blocks, branches = -(-drawn // 4), len(rates)
+    # Drawing one mask or sixteen takes about as long, so those of the next cycles are drawn with it.
+    cycles = max(min(16, _CACHED_WORDS // (4 * blocks * branches or 1)), 1)
+    words = _words(branches, blocks, seed, cycle // cycles * cycles, cycles, micro_batch, rank)[
+        cycle % cycles, :, :drawn
+    ]
     if fixed_among is None:
         keep = words >= _thresholds(tuple(rates))
     else:
         words = (words << 20) + torch.arange(drawn, device="cpu")  # no two are equal
-        dropped = torch.tensor([[int(rate * fixed_among + 0.5)] for rate in rates], device="cpu")
+        dropped = torch.tensor([int(rate * fixed_among + 0.5) for rate in rates], dtype=torch.int64, device="cpu")
         ordered = nn.functional.pad(words[:, :fixed_among].sort(1).values, (1, 0), value=-1)
-        keep = words > ordered.gather(1, dropped)
+        keep = words > ordered.gather(1, dropped[:, None])
     return keep[:, :rows] if mode == "row" else keep.expand(-1, rows).clone()
 
 
-def _words(branches: int, blocks: int, seed: int, cycle: int, micro_batch: int, rank: int) -> Tensor:
-    """Random words, int64 `Tensor[branches, 4 * blocks]`; do not write to them."""
-    # Drawing one mask or sixteen takes about as long, so those of the next cycles are drawn with it.
-    cycles = max(min(16, _CACHED_WORDS // (4 * blocks * branches or 1)), 1)
-    some = _words_of_cycles(branches, blocks, seed, cycle // cycles * cycles, cycles, micro_batch, rank)
-    return some[cycle % cycles]
-
-
 @lru_cache(maxsize=32)
-def _words_of_cycles(
-    branches: int, blocks: int, seed: int, first: int, cycles: int, micro_batch: int, rank: int
-) -> Tensor:
+def _words(branches: int, blocks: int, seed: int, first: int, cycles: int, micro_batch: int, rank: int) -> Tensor:
+    """Random words, int64 `Tensor[cycles, branches, 4 * blocks]`; do not write to them."""
     shape = (cycles, branches, blocks)
     counter = torch.empty((*shape, 4), dtype=torch.int64, device="cpu")
     counter[..., 0] = torch.arange(blocks, device="cpu")  # one counter yields four words, for four neighbouring rows

@@ -47,12 +47,11 @@ class Schedule:
                 "FREEZE replays the masks of the latest DROP, so put a DROP first"
             )
 
-    def phase(self, step: int) -> Phase:
-        """The phase of optimizer step number `step`, counted from 0."""
-        return self.phases[step % len(self.phases)]
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase and the cycle of optimizer step number `step`, counted from 0.
 
-    def cycle(self, step: int) -> int:
-        """The number of DROP steps before the one whose masks hold at `step`; 0 before the first DROP."""
+        The cycle is the number of DROP steps before the one whose masks hold; 0 before the first DROP.
+        """
         rounds, offset = divmod(step, len(self.phases))
         drops = rounds * self.phases.count(Phase.DROP) + self.phases[: offset + 1].count(Phase.DROP)
-        return max(drops - 1, 0)
+        return self.phases[offset], max(drops - 1, 0)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rdp import trees
 from rdp.analysis.similarity import check_features
 from rdp.branches import GatePoint
 from rdp.discovery import ops
 from rdp.discovery.forwards import undisturbed
-from rdp.discovery.trace import tensors_in
 from rdp.errors import ArgumentError
 from rdp.handle import ResidualDropPath
 
@@ -45,7 +45,7 @@ def extract_features(handle: ResidualDropPath, inputs: Any) -> dict[str, Tensor]
     """
     check_handle(handle)
     args, kwargs = _arguments(inputs)
-    if any(tensor.numel() == 0 for tensor in tensors_in((args, kwargs))):
+    if any(tensor.numel() == 0 for tensor in trees.tensors((args, kwargs))):
         raise ArgumentError("inputs is empty: there is nothing to extract features from")
     recorder = _ResidualSums()
     modules = dict(handle.model.named_modules())
@@ -103,9 +103,9 @@ class _ResidualSums(TorchFunctionMode):
         """A forward hook for a gated module of branch `name`."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = list(tensors_in(output))[gate.leaf]
+            value = list(trees.tensors(output))[gate.leaf]
             if gate.of_block:
-                self._record((name,), next(tensors_in(args)), value)
+                self._record((name,), next(trees.tensors(args)), value)
             else:
                 self._carried[id(value)] = (value, (name,))
 
@@ -113,7 +113,7 @@ class _ResidualSums(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(tensors_in((args, kwargs)))
+        given = list(trees.tensors((args, kwargs)))
         carried = [self._carried[id(tensor)][1] for tensor in given if id(tensor) in self._carried]
         names = tuple(dict.fromkeys(name for some in carried for name in some))
         if not names:
@@ -125,7 +125,7 @@ class _ResidualSums(TorchFunctionMode):
         if is_add and others and others[0].is_floating_point() and others[0].shape == output.shape:
             self._record(names, shortcut, output)
         else:
-            for tensor in tensors_in(output):
+            for tensor in trees.tensors(output):
                 self._carried[id(tensor)] = (tensor, names)
         return output
 

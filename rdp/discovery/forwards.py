@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from rdp import trees
 from rdp.copies import Hook
-from rdp.discovery.trace import tensors_in
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -80,14 +79,9 @@ def _is_ordinary(module: nn.Module) -> bool:
     return all(isinstance(hook, Hook) for hook in hooks)
 
 
-def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """The length of the first axis of the first input tensor that has one."""
-    return next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim()), None)
-
-
 def take_rows(inputs: Inputs, rows: int) -> Inputs:
     """The first `rows` rows of every input tensor whose first axis has the batch's length, repeated where too few."""
-    size = batch_size(*inputs)
+    size = trees.batch_size(inputs)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == size and size:
@@ -95,7 +89,7 @@ def take_rows(inputs: Inputs, rows: int) -> Inputs:
             return value.detach().index_select(0, torch.arange(rows, device=value.device) % size)
         return value
 
-    cut_inputs: Inputs = tree_map(cut, inputs)
+    cut_inputs: Inputs = trees.map_leaves(cut, inputs)
     return cut_inputs
 
 
@@ -117,7 +111,7 @@ def observe(model: nn.Module, inputs: Inputs, modules: Collection[str]) -> dict[
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # A copy, since the block may add to the output in place.
-            seen[name] = [t.detach().clone() for t in tensors_in(output)]
+            seen[name] = [t.detach().clone() for t in trees.tensors(output)]
             if may_stop and len(seen) == len(modules):
                 raise Enough
 

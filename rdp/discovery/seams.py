@@ -104,22 +104,3 @@ def _block_seam(graph: Graph, residual: Residual) -> list[Seam]:
     ):
         return [Seam(owner, residual.sum, zero_only=True, of_block=True)]
     return []
-
-
-def outermost_entries(graph: Graph, residual: Residual) -> list[Call]:
-    """The outermost module calls in the branch that are first to consume the fork, in order."""
-    path = graph.between(residual.fork, residual.branch)
-    around = graph.owners(residual.sum)
-    sources = {residual.fork}
-    for index in sorted(path):  # and values that bare functions of the adding module made from the fork
-        node = graph.values[index]
-        if node.owner in around and all(i in sources or not graph.values[i].is_data for i in node.inputs):
-            sources.add(index)
-    calls = {
-        call
-        for index in path
-        for call in graph.values[index].returned_by
-        if sources & set(call.inputs) and residual.fork < call.begin and call.end <= residual.sum
-    }
-    outermost = [c for c in calls if c.parent is None or not calls & set(c.parent.chain())]
-    return sorted(outermost, key=lambda c: c.begin)

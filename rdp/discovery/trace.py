@@ -7,7 +7,6 @@ module that passes its input through makes none.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -18,23 +17,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from rdp import trees
 from rdp.discovery import ops
-from rdp.discovery.arguments import Arguments, Ref
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, sets, mappings and dataclasses (model outputs), in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for attribute in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, attribute.name, None))
+@dataclass(frozen=True, slots=True)
+class Ref(trees.Placeholder):
+    """Stands for a value of the trace in recorded arguments."""
+
+    value: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -123,7 +116,7 @@ class Trace(TorchFunctionMode):
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
         """Trace `model(*args, **kwargs)` without gradients and return self."""
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in trees.tensors((args, kwargs)):
             self._bind(tensor, self._new("input", (), tensor, is_data=True))
         hooks = []
         for name, module in self.model.named_modules():
@@ -143,7 +136,7 @@ class Trace(TorchFunctionMode):
             for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False):
                 self._name(parameter, self._first_names.get(own, own))
             call = Call(name, self.count[name], self._stack[-1] if self._stack else None, begin=0)
-            call.inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, kwargs)))
+            call.inputs = tuple(self._lookup(tensor) for tensor in trees.tensors((args, kwargs)))
             call.arguments = self._recorded(args), self._recorded(kwargs)
             call.begin = len(self.values)
             self.count[name] += 1
@@ -161,7 +154,7 @@ class Trace(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._stack.pop()
-        call.outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
+        call.outputs = tuple(self._lookup(tensor) for tensor in trees.tensors(output))
         call.end = len(self.values)
         call.returns_tensor = isinstance(output, Tensor)
         for index in dict.fromkeys(call.outputs):
@@ -170,7 +163,7 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        given = list(tensors_in((args, kwargs)))
+        given = list(trees.tensors((args, kwargs)))
         inputs = [self._lookup(tensor) for tensor in given]
         if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
             name = "alias"  # the first addition of Python's sum([...])
@@ -179,7 +172,7 @@ class Trace(TorchFunctionMode):
             self.dropouts.append((inputs[0], self._stack[-1]))
         output = func(*args, **kwargs)
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
-        for leaf, tensor in enumerate([*tensors_in(output), *given]):
+        for leaf, tensor in enumerate([*trees.tensors(output), *given]):
             known = self._known.get(tensor)
             if known is not None and known[0] == tensor._version:
                 continue  # passed through unwritten
@@ -191,15 +184,11 @@ class Trace(TorchFunctionMode):
         return output
 
     def _recorded(self, value: Any) -> Any:
-        """`value` with a `Ref` in the place of every tensor."""
-        if isinstance(value, Tensor):
-            return Ref(self._lookup(value))
-        if isinstance(value, dict):
-            return {key: self._recorded(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [self._recorded(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        return value
+        """`value` with a `Ref` in the place of every tensor; a container that does not take these is kept."""
+        try:
+            return trees.map_leaves(lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, Tensor) else leaf, value)
+        except Exception:
+            return value
 
     def _new(
         self, op: str, inputs: tuple[int, ...], tensor: Tensor, is_data: bool | None = None, name: str | None = None

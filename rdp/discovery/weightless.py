@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from rdp import trees
 from rdp.discovery.forwards import Inputs
-from rdp.discovery.trace import tensors_in
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -26,8 +25,8 @@ def on_meta(inputs: Inputs) -> Inputs:
     Raises:
         ValueError: If some are held by objects of unknown kinds.
     """
-    moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
-    if not all(tensor.is_meta for tensor in tensors_in(moved)):
+    moved: Inputs = trees.map_leaves(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
+    if not all(tensor.is_meta for tensor in trees.tensors(moved)):
         raise ValueError("an input tensor cannot be moved")
     return moved
 

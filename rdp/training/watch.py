@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
-from rdp.branches import Branch
 from rdp.errors import warn
 from rdp.phases import Phase
-from rdp.slots import Slot, present
-
-_PROBES = 8
+from rdp.training.frozen import Slot
 
 
 class Watch:
@@ -33,36 +31,21 @@ class Watch:
         """Names of parameters that moved although they were frozen, with the number of the step."""
         self.warned: set[str] = set()
         self._watched: list[Slot] = []
-        self._probes: list[Slot] = []
         self._versions: list[int | None] | None = None  # None for a parameter that is not there any more
         self._frozen: frozenset[int] = frozenset()
         self._announced = True
         self._unannounced = 0
 
-    def found(self, branches: Iterable[Branch], places: Mapping[str, Slot]) -> None:
-        """The branches are known; `places` are those of all parameters."""
+    def found(self, places: Mapping[str, Slot], watched: Collection[str]) -> None:
+        """The branches are known; `places` are those of all parameters, and these of them are looked at."""
         self.known = frozenset(places)
-        parameters = dict(self.model.named_parameters())
-        inside = {name for branch in branches for name in branch.parameters}
-        outside = [places[name] for name, p in parameters.items() if name not in inside and p.requires_grad]
-        # Of what learns in every step a few are enough; parameters are registered from stem to head.
-        half = _PROBES // 2
-        self._probes = (outside[:half] + outside[-half:]) or list(places.values())[:_PROBES]
-        self._watched = [places[name] for name in parameters if name in inside or places[name] in self._probes]
-
-    def gradients(self) -> Hashable:
-        """The state of the model's gradients; it changes when a backward runs and when they are cleared."""
-        return tuple(None if p.grad is None else (id(p.grad), p.grad._version) for p in present(self._probes))
-
-    def has_no_gradients(self) -> bool:
-        """Have the model's gradients been cleared, or none been made?"""
-        return all(p.grad is None for p in present(self._probes))
+        self._watched = [places[name] for name, _ in self.model.named_parameters() if name in watched]
 
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
         """A training forward begins; `in_step` says that some, but not all optimizers have stepped."""
         self.forwards += 1
-        parameters = [slot.parameter for slot in self._watched]
-        versions = [None if p is None else p._version for p in parameters]
+        there = [slot.holder.get(slot.key) for slot in self._watched]
+        versions = [None if p is None else p._version for p in there]
         if self._versions is not None and versions != self._versions:
             self._look(versions, phase, step, in_step)
         self._versions, self._announced, self._frozen = versions, False, frozenset()
@@ -81,11 +64,36 @@ class Watch:
             self.warned.add(key)
             warn(text)
 
+    def idle(self) -> None:
+        """An optimizer has stepped, but no training forward can have counted for the step."""
+        self.warn(
+            "idle",
+            "the optimizer stepped, but no gated training forward of the attached model came before it: Residual "
+            "DropPath had no part in this step. Is the model in eval mode, or was only a part of it called?",
+        )
+
+    def replaced(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped whose wrapper is not in use any more."""
+        self.warn(
+            "replaced",
+            f"this {type(optimizer).__name__} stepped, although the handle has wrapped another optimizer over some of "
+            "the same parameters since, which took its place. Give each parameter to one optimizer; where several "
+            "alternate, step plain ones and call handle.advance() after each step",
+        )
+
+    def stray(self, branch: str) -> None:
+        """A branch was called in training, but not by a forward that is gated."""
+        self.warn(
+            "stray",
+            f"branch `{branch}` ran outside of a forward of the attached model, so it is trained plainly. Call the "
+            f"{type(self.model).__name__} itself, not its parts, or attach to the part that is called",
+        )
+
     def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
         pairs = zip(self._watched, self._versions or (), versions, strict=True)
         changed = [slot for slot, old, new in pairs if old != new]
         if self._announced:
-            self.moved |= {slot.name: step - 1 for slot in changed if id(slot.parameter) in self._frozen}
+            self.moved |= {slot.name: step - 1 for slot in changed if id(slot.holder.get(slot.key)) in self._frozen}
         elif not in_step:
             self._unannounced += 1
             # Once may be the climb of SAM, which moves parameters up before the step that is announced.

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rdp import trees
 from rdp.discovery.forwards import Enough, Inputs, as_in_training, observe, only_device, run
-from rdp.discovery.program import Program, draws_random_numbers
-from rdp.discovery.trace import tensors_in
-from rdp.gates import replace_leaf
-from rdp.rows import BranchOnRows, Split
+from rdp.rows.branch import BranchOnRows, Split
+from rdp.rows.program import Program, draws_random_numbers
+
+Programs = Mapping[str, Program]
+Outputs = Mapping[str, list[Tensor]]
+"""By name of the module that ends the branch."""
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
 
 
-def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Program]) -> dict[str, str]:
-    """Run a branch of each kind on the second row in the model's own forward, and on the first by its program.
+def verify_programs(model: nn.Module, pair: Inputs, programs: Programs) -> dict[str, str]:
+    """Run a branch of each kind on the first row in the model's own forward, and on the second by its program.
 
     Branches of one kind are the same functions, called by modules of the same classes: the first stands for all. The
     forward ends when each kind has been seen, which in most models is soon.
@@ -33,7 +36,7 @@ def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Progr
     Args:
         model: In eval mode.
         pair: Inputs of two rows.
-        programs: By name of the module that ends the branch.
+        programs: By name.
 
     Returns:
         By name, why a branch failed; empty if all are exact.
@@ -55,9 +58,7 @@ def verify_programs(model: nn.Module, pair: Inputs, programs: Mapping[str, Progr
     return {name: failed[names[0]] for names in kinds.values() if names[0] in failed for name in names}
 
 
-def _verify(
-    model: nn.Module, pair: Inputs, programs: Mapping[str, Program], expected: Mapping[str, list[Tensor]]
-) -> dict[str, str]:
+def _verify(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs) -> dict[str, str]:
     failed: dict[str, str] = {}
     while remaining := {name: program for name, program in programs.items() if name not in failed}:
         entered: list[str] = []
@@ -70,13 +71,7 @@ def _verify(
     return failed
 
 
-def _run(
-    model: nn.Module,
-    pair: Inputs,
-    programs: Mapping[str, Program],
-    expected: Mapping[str, list[Tensor]],
-    entered: list[str],
-) -> dict[str, str]:
+def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, entered: list[str]) -> dict[str, str]:
     different: dict[str, str] = {}
     seen: set[str] = set()
     may_stop = only_device(model) is not None  # asked before there are hooks
@@ -89,35 +84,38 @@ def _run(
             if branch.replaying:
                 return None
             entered.append(name)
-            device = next(tensors_in((args, kwargs))).device
-            rows = torch.arange(2, device=device)
-            return branch.enter(args, kwargs, Split(kept=rows[1:], dropped=rows[:1]), freeze=True)
+            return branch.enter(
+                (args, kwargs), lambda device: Split(*torch.arange(2, device=device).chunk(2)), freeze=True
+            )
 
-        def later(step: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return branch.later(step, args, kwargs) if branch.passing and not branch.replaying else None
+        def later(operation: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return (
+                branch.later(operation, (args, kwargs)) if branch.passing is not None and not branch.replaying else None
+            )
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if branch.replaying:
                 return None
             seen.add(name)
             leaf, replaced = program.result_leaf, output
-            if not branch.passing:
+            if branch.passing is None:
                 different[name] = "it is called otherwise than when it was traced"
             else:
-                found, wanted = branch.leave_freeze(list(tensors_in(output))[leaf]), expected[name][leaf]
+                kept, wanted = list(trees.tensors(output))[leaf], expected[name][leaf]
+                found = branch.leave(kept, branch.replay()[program.result])
                 if not _close(found, wanted):
                     different[name] = "its rows influence each other"
                 # What follows is checked against the plain forward again, not against this one's rounding errors.
-                replaced = replace_leaf(output, leaf, wanted.clone())
+                replaced = trees.with_tensor(output, leaf, wanted.clone())
             entered.remove(name)
             if may_stop and len(seen) == len(programs):
                 raise Enough
             return replaced
 
         hooks.append(model.get_submodule(program.entry).register_forward_pre_hook(enter, with_kwargs=True))
-        for step in program.later_modules:
-            hook = functools.partial(later, step)
-            hooks.append(model.get_submodule(step).register_forward_pre_hook(hook, with_kwargs=True))
+        for operation in program.later_modules:
+            hook = functools.partial(later, operation)
+            hooks.append(model.get_submodule(operation).register_forward_pre_hook(hook, with_kwargs=True))
         hooks.append(model.get_submodule(name).register_forward_hook(leave))
 
     try:

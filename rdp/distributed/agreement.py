@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rdp.distributed.ranks import Question, Ranks
 from rdp.errors import RankError
-from rdp.ranks import Question, Ranks
 
 
 class Agreement:
-    """The live branches of the current step, on all ranks together.
+    """What the ranks ask each other about the current step.
 
     Under `torch.distributed.algorithms.join.Join` a rank that is out of data is told of every forward of the others,
     but not of their steps. There the ranks ask at every forward, without waiting, and collect the answers at the step.
@@ -25,43 +25,34 @@ class Agreement:
 
     def __init__(self, ranks: Ranks, facts: Callable[[], Mapping[str, object]]) -> None:
         self.ranks = ranks
-        self.several = False
         self.join_config: Any = None
         """What `Join` has told the handle; None outside of it."""
-        self.live: Tensor | None = None
-        """Bool `Tensor[branches]`; None before the ranks have agreed, or where there is but one."""
         self._facts = facts
-        self._questions: list[Question] = []
 
-    def forward_begins(self, live: Callable[[], Tensor]) -> None:
-        """Ask, if the handle is in a `Join` context.
+    def forward_begins(self, live: Tensor) -> Question | None:
+        """Ask, if the handle is in a `Join` context; the question belongs to the forward.
 
         Raises:
             RankError: If it is the first there, and so would have to speak up before the model does.
         """
-        self.several = self.ranks.size > 1
-        if self.several and self.join_config is not None and self.join_config.enable:
-            if self.join_config.is_first_joinable:
-                raise RankError("the handle is first in Join([...]); list the model first: Join([ddp_model, handle])")
-            self._questions.append(self.ranks.ask(live(), self._facts()))
+        if self.join_config is None or not self.join_config.enable:
+            return None
+        if self.join_config.is_first_joinable:
+            raise RankError("the handle is first in Join([...]); list the model first: Join([ddp_model, handle])")
+        return self.ranks.ask(live, self._facts())
 
-    def settle(self, live: Tensor) -> None:
-        """All ranks are about to step.
+    def settle(self, live: Tensor, asked: Sequence[Question]) -> Tensor:
+        """All ranks are about to step; the branches that are live on any of them, bool `Tensor[branches]`.
 
         Args:
-            live: Bool `Tensor[branches]`, as far as this rank knows.
+            live: As far as this rank knows, bool `Tensor[branches]`.
+            asked: The questions of the forwards of this step, if there were any.
 
         Raises:
             RankError: If they do not agree on what must be the same.
         """
-        if self.several:
-            questions = self._questions or [self.ranks.ask(live, self._facts())]
-            self.live = torch.stack([question.answer() for question in questions]).any(0)
-
-    def forget(self) -> None:
-        """The step is over."""
-        self.live = None
-        self._questions.clear()
+        questions = asked or [self.ranks.ask(live, self._facts())]
+        return torch.stack([question.answer() for question in questions]).any(0)
 
     def shadow(self) -> None:
         """Answer a forward of the other ranks, having no data."""

@@ -8,18 +8,21 @@ argument that doubles with the batch is a multiple of the number of rows.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from rdp import trees
 from rdp.branches import RowAxis
-from rdp.discovery.arguments import Named, Outside, Ref, Rows, leaves
 from rdp.discovery.graph import Graph
-from rdp.discovery.program import Program, Step
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
-from rdp.discovery.trace import Call
+from rdp.discovery.trace import Arguments, Call, Ref
+from rdp.rows.arguments import Named, Outside, Rows
+from rdp.rows.axes import row_axis
+from rdp.rows.program import Operation, Program
 
 _PLAIN = (bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
 
@@ -42,7 +45,7 @@ def branch_program(
         allow_batch_norm: Accept batch normalisation.
 
     Raises:
-        NotIndependent: If that is not possible, or a step couples the rows.
+        NotIndependent: If that is not possible, or an operation couples the rows.
     """
     if len(graph.values) != len(single.values):
         raise NotIndependent("the model computes differently for one row")
@@ -56,49 +59,46 @@ def branch_program(
     writer = _Writer(graph, single, residual, path)
     for item in itertools.dropwhile(lambda item: not isinstance(item, Call), _sequence(graph, residual, path)):
         writer.write(item)
-    steps = writer.steps
-    start = _start(steps[0], path | {residual.fork})
-    _check_chain(steps, start, path | {residual.fork})
+    operations = writer.operations
+    start = _start(operations[0], path | {residual.fork})
+    _check_chain(operations, start, path | {residual.fork})
     axes: dict[int, RowAxis] = {}
     batch_norm = False
-    for step in steps:
-        if isinstance(step.target, str):
-            has_batch_norm = _check_module(graph, model, step.target, once=not step.silent)
+    for operation in operations:
+        if isinstance(operation.target, str):
+            has_batch_norm = _check_module(graph, model, operation.target, once=not operation.silent)
             if has_batch_norm and not allow_batch_norm:
                 raise NotIndependent(f"{has_batch_norm}, see compute='ghost'")
             batch_norm |= bool(has_batch_norm)
-            for leaf in leaves(step.arguments):
-                if isinstance(leaf, Ref):
-                    axes[leaf.value] = _needed_row_axis(graph, single, leaf.value)
+            axes |= {value: _needed_row_axis(graph, single, value) for value in operation.taken}
     axes[seam.value] = _needed_row_axis(graph, single, seam.value)
     shape, result_leaf = graph.values[start].shape, seam.call.outputs.index(seam.value)
-    kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, steps))
-    return Program(start, seam.value, tuple(steps), axes, shape, result_leaf, batch_norm, kind)
+    kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, operations))
+    return Program(start, seam.value, tuple(operations), axes, shape, result_leaf, batch_norm, kind)
 
 
-def _classes(model: nn.Module, steps: list[Step]) -> list[str]:
-    called = [model.get_submodule(step.target) for step in steps if isinstance(step.target, str)]
+def _classes(model: nn.Module, operations: list[Operation]) -> list[str]:
+    called = [model.get_submodule(operation.target) for operation in operations if isinstance(operation.target, str)]
     kinds = [type(inner) for module in called for inner in module.modules()]
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
-def _start(first: Step, inside: set[int]) -> int:
+def _start(first: Operation, inside: set[int]) -> int:
     """The one value of the branch that its first module takes."""
-    taken = {leaf.value for leaf in leaves(first.arguments) if isinstance(leaf, Ref)} & inside
+    taken = first.taken.keys() & inside
     if len(taken) != 1:
         raise NotIndependent("its first module takes several tensors of the branch")
     return taken.pop()
 
 
-def _check_chain(steps: list[Step], start: int, inside: set[int]) -> None:
-    """No step reaches back beyond the latest module call before it."""
+def _check_chain(operations: list[Operation], start: int, inside: set[int]) -> None:
+    """No operation reaches back beyond the latest module call before it."""
     reachable = {start}
-    for step in steps:
-        used = {leaf.value for leaf in leaves(step.arguments) if isinstance(leaf, Ref)} & inside
-        if not used <= reachable:
+    for operation in operations:
+        if not operation.taken.keys() & inside <= reachable:
             raise NotIndependent("the branch is not a chain of modules")
-        made = {value for value in step.outputs if value is not None}
-        reachable = made if isinstance(step.target, str) else reachable | made
+        made = {value for value in operation.outputs if value is not None}
+        reachable = made if isinstance(operation.target, str) else reachable | made
 
 
 def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | int]:
@@ -130,43 +130,43 @@ def _passes_through(call: Call, path: set[int]) -> bool:
 
 
 class _Writer:
-    """Turns recorded calls into steps."""
+    """Turns recorded calls into operations."""
 
     def __init__(self, graph: Graph, single: Graph, residual: Residual, path: set[int]) -> None:
         self.graph, self.single = graph, single
         self.inside = path | {residual.fork}
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
 
     def write(self, item: Call | int) -> None:
-        """Append the step of a module call, or of the function that made a value."""
+        """Append the operation of a module call, or of the function that made a value."""
         if isinstance(item, Call):
             twin = next(c for c in self.single.trace.calls if c.name == item.name and c.ordinal == item.ordinal)
             arguments = self._merge(item.arguments, twin.arguments, in_module=True)
             outputs = tuple(i if i in self.inside else None for i in item.outputs)
-            silent = _passes_through(item, self.inside) and len(list(leaves(arguments))) == 1
-            self.steps.append(Step(item.name, arguments, outputs, silent))
+            operation = Operation(item.name, arguments, outputs)
+            silent = _passes_through(item, self.inside) and len(operation.leaves) == 1
+            self.operations.append(replace(operation, silent=silent))
             return
         recipe, twin_recipe = self.graph.values[item].recipe, self.single.values[item].recipe
         if recipe is None or twin_recipe is None:
             raise NotIndependent("a value was written through an alias")
         arguments = self._merge(recipe.arguments, twin_recipe.arguments, in_module=False)
-        self.steps.append(Step(recipe.func, arguments, (*[None] * recipe.leaf, item)))
+        self.operations.append(Operation(recipe.func, arguments, (*[None] * recipe.leaf, item)))
 
-    def _merge(self, two: Any, one: Any, in_module: bool) -> Any:
+    def _merge(self, two: Arguments, one: Arguments, in_module: bool) -> Arguments:
         """Arguments for any number of rows, from those for two rows and for one."""
+        pair, single = trees.leaves(two), trees.leaves(one)
+        if pair.keys() != single.keys():
+            raise NotIndependent("an argument changes its length with the batch")
+        merged = iter([self._merge_leaf(leaf, single[path], in_module) for path, leaf in pair.items()])
+        arguments: Arguments = trees.map_leaves(lambda _: next(merged), two)
+        return arguments
+
+    def _merge_leaf(self, two: Any, one: Any, in_module: bool) -> Any:
         if type(two) is not type(one):
             raise NotIndependent("an argument changes its type with the batch")
         if isinstance(two, Ref):
             return self._merge_tensor(two, one, in_module)
-        if isinstance(two, dict):
-            return {key: self._merge(value, one[key], in_module) for key, value in two.items()}
-        if isinstance(two, (list, tuple)):
-            if len(two) != len(one):
-                raise NotIndependent("an argument changes its length with the batch")
-            items = [self._merge(a, b, in_module) for a, b in zip(two, one, strict=True)]
-            return items if isinstance(two, list) else tuple(items)
-        if isinstance(two, slice):
-            return slice(*self._merge((two.start, two.stop, two.step), (one.start, one.stop, one.step), in_module))
         if not isinstance(two, _PLAIN):
             raise NotIndependent(f"an argument is a {type(two).__name__}, which may have a state")
         if two == one:
@@ -196,14 +196,10 @@ class _Writer:
 def _row_axis(graph: Graph, single: Graph, index: int) -> RowAxis | None:
     """The axis on which a value has its rows; None if it has none, and is the same for every batch."""
     two, one = graph.values[index].shape, single.values[index].shape
-    if len(two) != len(one):
+    axis = row_axis(two, one)
+    if axis is None and two != one:
         raise NotIndependent("an argument's shape follows the batch in an unclear way")
-    differing = [i for i, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
-    if not differing:
-        return None
-    if len(differing) > 1 or two[differing[0]] != 2 * one[differing[0]]:
-        raise NotIndependent("an argument's shape follows the batch in an unclear way")
-    return RowAxis(differing[0], one[differing[0]])
+    return axis
 
 
 def _needed_row_axis(graph: Graph, single: Graph, index: int) -> RowAxis:

@@ -10,9 +10,10 @@ from torch import nn
 
 from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
+from rdp.errors import listed
 
 if TYPE_CHECKING:
-    from rdp.run import Run
+    from rdp.training.run import Run
 
 _LISTED = 5
 
@@ -40,13 +41,13 @@ class Checkup:
 
 def check(run: Run, refused: Sequence[Refusal]) -> Checkup:
     """Examine a run and its model; see `ResidualDropPath.check`."""
-    watch, progress = run.watch, run.progress
+    watch, step = run.watch, run.step
     gated = [b for b in run.branches if b.rate > 0]
     ungated = f", {len(refused)} sums not gated" if refused else ""
-    frozen = len(run.frozen_parameters())
+    frozen = len(run.frozen.parameters(run.live()))
     facts = (
         f"{type(run.model).__name__}: {len(gated)} gated branches of {len(run.branches)}{ungated}",
-        f"{watch.forwards} training forwards, {progress.step_count} steps; the phase is {progress.phase.name}",
+        f"{watch.forwards} training forwards, {step.number} steps; the phase is {step.phase.name}",
         f"{len(run.optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
     )
     return Checkup(facts, tuple(_problems(run, gated)))
@@ -63,14 +64,14 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
     modules = dict(run.model.named_modules())
     lost = [b.name for b in gated if not all(_is_gated(modules.get(gate.module), run) for gate in b.gates)]
     if lost:
-        yield f"{_listed(lost)} lost the hook, or was replaced by another module, and trains plainly; attach again"
+        yield f"{_named(lost)} lost the hook, or was replaced by another module, and trains plainly; attach again"
     unreached = [b.name for i, b in enumerate(run.branches) if b.rate > 0 and i not in watch.reached]
     if watch.forwards and unreached and not watch.compiled:
-        yield (f"{_listed(unreached)} was never reached by a training forward: the model does not call it any more")
+        yield (f"{_named(unreached)} was never reached by a training forward: the model does not call it any more")
     added = [name for name, _ in run.model.named_parameters() if name not in watch.known]
     if added:
         yield (
-            f"{_listed(added)} was added after the branches were found, so it is not frozen with the branch that it is "
+            f"{_named(added)} was added after the branches were found, so it is not frozen with the branch that it is "
             "in, nor gated if it makes a branch of its own; attach again, after the model is complete"
         )
     if not run.optimizers:
@@ -79,7 +80,7 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
             "only where handle.advance() is called. Use optimizer = handle.wrap(optimizer)"
         )
     else:
-        held = {id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]}
+        held = {id(p) for optimizer in run.optimizers for p in optimizer.parameters()}
         parameters = dict(run.model.named_parameters(remove_duplicate=False))
         names = (name for branch in gated for name in branch.parameters)
         loose = [
@@ -88,7 +89,7 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
             if n in parameters and parameters[n].requires_grad and id(parameters[n]) not in held
         ]
         if loose:
-            yield f"{_listed(loose)} is in no wrapped optimizer: another one that moves it does not keep it frozen"
+            yield f"{_named(loose)} is in no wrapped optimizer: another one that moves it does not keep it frozen"
     if "unannounced" in watch.warned:
         yield "parameters changed without an announced step, so DROP and FREEZE did not alternate; see handle.wrap"
     if "stray" in watch.warned:
@@ -96,14 +97,14 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
     if watch.moved:
         steps = sorted(set(watch.moved.values()))
         yield (
-            f"{_listed(list(watch.moved))} moved although frozen in that step (first seen in step {steps[0]}): another "
+            f"{_named(list(watch.moved))} moved although frozen in that step (first seen in step {steps[0]}): another "
             "optimizer, or code that writes to parameters"
         )
-    rows = run.progress.masks.shape[1]
+    rows = run.masks.shape[1]
     if run.options.sampling == "fixed" and rows:
         never = [b.name for b in gated if int(b.rate * rows + 0.5) == 0]
         if never:
-            yield f"{_listed(never)} is never dropped: its rate rounds to 0 of {rows} rows; see sampling='bernoulli'"
+            yield f"{_named(never)} is never dropped: its rate rounds to 0 of {rows} rows; see sampling='bernoulli'"
 
 
 def _is_gated(module: nn.Module | None, run: Run) -> bool:
@@ -111,6 +112,5 @@ def _is_gated(module: nn.Module | None, run: Run) -> bool:
     return any(isinstance(hook, Hook) and hook.owner is run for hook in hooks)
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
+def _named(names: Sequence[str]) -> str:
+    return listed([f"`{name}`" for name in names], _LISTED)

@@ -12,17 +12,22 @@ from typing import Any
 
 from torch import nn
 
+from rdp import trees
 from rdp.branches import RowAxis
-from rdp.discovery.arguments import Arguments
+from rdp.discovery.trace import Arguments, Ref
+from rdp.rows.arguments import Leaves
+from rdp.trees import Path
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """One module call or function call.
 
     Attributes:
         target: Qualified name of a module, or a function.
         arguments: With `Ref` for values of this program and `Rows`, `Named`, `Outside` for the rest.
+        leaves: The same, by the keys that lead to each.
+        taken: The values among them, each with these keys.
         outputs: The values that its output tensors are; None for those not needed.
         silent: A module that passes its only argument through in eval mode, such as Dropout.
     """
@@ -31,6 +36,13 @@ class Step:
     arguments: Arguments
     outputs: tuple[int | None, ...]
     silent: bool = False
+    leaves: Leaves = field(init=False, repr=False)
+    taken: Mapping[int, Path] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        leaves = trees.leaves(self.arguments)
+        object.__setattr__(self, "leaves", leaves)
+        object.__setattr__(self, "taken", {leaf.value: p for p, leaf in leaves.items() if isinstance(leaf, Ref)})
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,8 @@ class Program:
     Attributes:
         start: What the first module takes: x, or what functions made of it.
         result: The value F(x).
-        steps: What leads from one to the other; the first is a module call, and each uses only what the latest module
-            call before it has returned.
+        operations: What leads from one to the other; the first is a module call, and each uses only what the latest
+            module call before it has returned.
         axes: Where the values that modules take and return have their rows.
         shape: Of the value `start`, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
@@ -51,7 +63,7 @@ class Program:
 
     start: int
     result: int
-    steps: tuple[Step, ...] = field(repr=False)
+    operations: tuple[Operation, ...] = field(repr=False)
     axes: Mapping[int, RowAxis] = field(repr=False)
     shape: tuple[int, ...]
     result_leaf: int
@@ -61,22 +73,26 @@ class Program:
     @property
     def entry(self) -> str:
         """The first module."""
-        return str(self.steps[0].target)
+        return str(self.operations[0].target)
 
     @property
     def later_modules(self) -> list[str]:
         """The other modules that are called, in order, but for silent ones, which cannot be called otherwise."""
-        return [step.target for step in self.steps[1:] if isinstance(step.target, str) and not step.silent]
+        return [
+            operation.target
+            for operation in self.operations[1:]
+            if isinstance(operation.target, str) and not operation.silent
+        ]
 
     @property
     def fits_any_shape(self) -> bool:
         """Are there nothing but module calls? Arguments of functions may depend on shapes."""
-        return all(isinstance(step.target, str) for step in self.steps)
+        return all(isinstance(operation.target, str) for operation in self.operations)
 
 
 def draws_random_numbers(model: nn.Module, program: Program) -> bool:
     """Has a module of the branch a dropout probability above 0? Then it would draw fewer numbers on fewer rows."""
-    for name in [step.target for step in program.steps if isinstance(step.target, str)]:
+    for name in [operation.target for operation in program.operations if isinstance(operation.target, str)]:
         for module in model.get_submodule(name).modules():
             # Attention passes a float of its own to the function, so modules of class Dropout are not all there is.
             chances = [value for key, value in vars(module).items() if "drop" in key.lower()]

@@ -1,4 +1,4 @@
-"""An optimizer that leaves frozen parameters alone and tells the handle when a step is over."""
+"""An optimizer that leaves frozen parameters alone and tells the run when a step is over."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.optim import LBFGS, SGD, Optimizer
 from rdp.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from rdp.handle import ResidualDropPath
+    from rdp.training.run import Run
 
-_OWN = frozenset({"optimizer", "handle"})
+_OWN = frozenset({"optimizer", "_run", "_hidden"})
 _MOVES = frozenset({"train", "eval"})  # of schedule-free optimizers: from one average of the parameters to another
-_SCALES = "_step_supports_amp_scaling"
+# With this attribute of fused optimizers, GradScaler would step them regardless of infs, and the phase would advance;
+# without it, GradScaler unscales, checks, and calls `step` only when there is none.
+_HIDDEN = "_step_supports_amp_scaling"
 
 
 class MaskedOptimizer(Optimizer):
@@ -38,9 +40,7 @@ class MaskedOptimizer(Optimizer):
         ArgumentError: If `optimizer` is no `torch.optim.Optimizer`, or is wrapped already.
     """
 
-    _may_be_skipped = False
-
-    def __init__(self, optimizer: Optimizer, handle: ResidualDropPath) -> None:
+    def __init__(self, optimizer: Optimizer, handle: Any) -> None:
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"wrap needs a torch.optim.Optimizer; got {type(optimizer).__name__}")
         if isinstance(optimizer, MaskedOptimizer):
@@ -53,16 +53,11 @@ class MaskedOptimizer(Optimizer):
             )
         # Optimizer.__init__ is not called: it would make groups and state of its own.
         self.optimizer = optimizer
-        self.handle = handle
+        self._run: Run = handle._run
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name == _SCALES:
-            # Without this attribute GradScaler unscales and checks for inf itself and calls `step` only when there is
-            # none; with it, fused optimizers would be stepped, and the phase advanced, regardless. It is about to do
-            # one or the other: if no `step` comes, the gradients of the step had an inf.
-            self._may_be_skipped = True
-            raise AttributeError(name)
-        if name in _OWN or (name.startswith("__") and name.endswith("__")):
+        if name in _OWN or name == _HIDDEN or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         found = getattr(self.optimizer, name)
         if name in _MOVES and callable(found):
@@ -80,7 +75,7 @@ class MaskedOptimizer(Optimizer):
         return f"MaskedOptimizer({self.optimizer!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "handle": self.handle}
+        return {name: getattr(self, name) for name in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in _OWN:
@@ -90,62 +85,59 @@ class MaskedOptimizer(Optimizer):
         """Step the wrapped optimizer on the parameters that are not frozen, then go to the next phase.
 
         Args:
-            closure: As in `torch.optim`; each call begins anew where the step stood when `step` was called, so forwards
-                before it (gradient accumulation) count, and every call replays the same masks.
+            closure: As in `torch.optim`; forwards before `step` (gradient accumulation) count, those of earlier calls
+                of the closure do not, and every call replays the same masks.
             kwargs: Passed on.
 
         Returns:
             What the wrapped optimizer returns.
         """
-        run = self.handle._run
-        if closure is None:
-            run.agree()
-        frozen: frozenset[int] | None = None
-        hidden: list[tuple[Tensor, Tensor | None]] = []
-        # LBFGS moves all parameters along one direction, whether they have a gradient or not.
-        before = [(p, p.detach().clone()) for p in self.parameters()] if isinstance(self.optimizer, LBFGS) else []
-        position = run.position()
-        self._may_be_skipped = False
+        if closure is not None:
+            return self._step_with_closure(closure, **kwargs)
+        frozen = self._hide()
+        try:
+            if any(group.get("fused") for group in self.optimizer.param_groups):
+                _complete_momentum(self.optimizer)
+            result = self.optimizer.step(**kwargs)
+        finally:
+            self._show()
+        self._run.stepped(self, frozen)
+        return result
 
-        def hide() -> None:
-            nonlocal frozen
-            frozen = run.frozen_parameters()
-            hidden.extend((p, p.grad) for p in self.parameters() if id(p) in frozen)
-            for parameter, _ in hidden:
-                parameter.grad = None
+    def _step_with_closure(self, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        run, frozen = self._run, frozenset[int]()
+        before = set(run.step.forwards)
+        # LBFGS moves all parameters along one direction, whether they have a gradient or not.
+        moves_all = isinstance(self.optimizer, LBFGS)
+        old = [(p, p.detach().clone()) for p in self.parameters()] if moves_all else []
 
         @torch.no_grad()
         def put_back() -> None:
-            for parameter, old in before:
-                if id(parameter) in (frozen or ()):
-                    parameter.copy_(old)
+            for parameter, value in old:
+                if id(parameter) in frozen:
+                    parameter.copy_(value)
 
         def evaluate() -> Any:
+            nonlocal frozen
             put_back()
-            _show(hidden)
-            run.restart_step(position)
-            assert closure is not None
+            self._show()
+            run.evaluates(before)
             loss = closure()
-            run.agree()
-            hide()
+            frozen = self._hide()
             return loss
 
         try:
-            if closure is None:
-                hide()
-            _complete_momentum(self.optimizer)
-            result = self.optimizer.step(**kwargs) if closure is None else self.optimizer.step(evaluate, **kwargs)
+            result = self.optimizer.step(evaluate, **kwargs)
         finally:
             put_back()
-            _show(hidden)
+            self._show()
         run.stepped(self, frozen)
-        if before:
+        if moves_all:
             run.watch.forget()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; forwards whose gradients are thrown away no longer count for the step."""
-        self.handle._run.forget_finished()
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,22 +156,25 @@ class MaskedOptimizer(Optimizer):
         """Those of all groups of the wrapped optimizer."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def skipped(self) -> bool:
-        """Has a GradScaler withheld a step since the last call of this, because gradients had an inf?"""
-        skipped, self._may_be_skipped = self._may_be_skipped, False
-        return skipped
+    def _hide(self) -> frozenset[int]:
+        """Take the gradients of frozen parameters away; the ids of these."""
+        frozen = self._run.settle()
+        hidden = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) in frozen]
+        self._hidden.extend((p, p.grad) for p in hidden)
+        for parameter in hidden:
+            parameter.grad = None
+        return frozen
+
+    def _show(self) -> None:
+        """Put hidden gradients back."""
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden.clear()
 
     def _moving(self, move: Callable[[], Any]) -> Any:
         result = move()
-        self.handle._run.watch.forget()
+        self._run.watch.forget()
         return result
-
-
-def _show(hidden: list[tuple[Tensor, Tensor | None]]) -> None:
-    """Put hidden gradients back."""
-    for parameter, gradient in hidden:
-        parameter.grad = gradient
-    hidden.clear()
 
 
 def _complete_momentum(optimizer: Optimizer) -> None:

@@ -1,0 +1,158 @@
+"""What is decided before anything is hooked: which models and branches are refused, and the rates of the others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdp.branches import Branch, Refusal
+from rdp.copies import Hook
+from rdp.discovery import forwards
+from rdp.discovery.find import Discovery, find_branches, traced
+from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, warn
+from rdp.masks import branch_rates
+from rdp.native import find_native_drops
+from rdp.options import Options
+from rdp.rows.axes import first_coupled
+from rdp.rows.plan import Plan, locate_rows, plan_rows
+from rdp.rows.program import Program
+
+
+def check_model(model: nn.Module, options: Options) -> None:
+    """Refuse a model that cannot be attached to, before anything is changed."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel):
+        raise AttachError(
+            "torch.nn.DataParallel copies the model into threads, where masks cannot follow. Use "
+            "DistributedDataParallel, or attach to model.module and train that"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AttachError("a scripted model runs no Python hooks. Attach to the model before torch.jit.script")
+    check_unattached(model)
+    drops = find_native_drops(model)
+    if drops and options.native == "error":
+        raise NativeDropPathError(
+            f"{type(model).__name__} drops paths by itself, and both together would drop more than either: "
+            f"{listed([str(drop) for drop in drops])}. Build it with a drop path rate of 0, or pass native='off' to "
+            "silence these until handle.remove()"
+        )
+    modules = dict(model.named_modules())
+    for name in options.named:
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise BranchError(f"branches names {name!r}, which is no module of {type(model).__name__}{hint}")
+
+
+def check_unattached(model: nn.Module, besides: object = None) -> None:
+    """Refuse a model that another run than `besides` has put hooks in."""
+    for name, module in model.named_modules():
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            if isinstance(hook, Hook) and hook.owner is not besides:
+                where = f"its module `{name}`" if name else "it"
+                raise AttachError(
+                    f"this {type(model).__name__} is attached already ({where} has another handle's hooks); "
+                    "call remove() on that handle first"
+                )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose_branches` has chosen."""
+
+    branches: tuple[Branch, ...]
+    refused: tuple[Refusal, ...]
+    programs: Mapping[str, Program]
+    """By name, the branches that can be run on some of the rows."""
+
+
+def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
+    """Find the branches from forwards of two rows and of one row of these inputs, and give them their rates.
+
+    Mode, gradients, BatchNorm statistics and random number generators are left as they were.
+
+    Raises:
+        BranchError: If none is left, or one cannot do what `options` ask.
+    """
+    by_row = options.mode == "row"
+    with forwards.undisturbed(model):
+        pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
+        found, plan = None, Plan({}, {}, wrong=False)
+        for graph, alone in traced(model, pair, single):
+            found = find_branches(graph, model, options.named)
+            if options.compute != "dense":
+                allow_random = options.compute in ("rows", "ghost")
+                plan = plan_rows(found, alone, model, pair, allow_random, options.compute == "ghost")
+            if found.accepted and not plan.wrong:
+                break
+        assert found is not None
+        rows = {id(c): locate_rows(c, found.graph, alone) for c in found.accepted}
+        if by_row:
+            for candidate in found.accepted:
+                if None in rows[id(candidate)].values():
+                    candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
+        located = [
+            replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates))
+            for c, b in zip(found.accepted, found.branches(), strict=True)
+        ]
+        # Branches that were verified are known to be independent.
+        unsure = [gate for branch in located if branch.name not in plan.programs for gate in branch.gates]
+        odd = first_coupled(model, pair, single, unsure) if by_row else None
+    branches = _selected(model, options, found, located)
+    if not branches:
+        raise BranchError(_nothing_found(model, options, found))
+    refused = found.refused() if options.branches is None else ()
+    if refused:
+        warn(
+            f"{len(refused)} residual sums are left ungated and train plainly: {listed([str(r) for r in refused])}. "
+            "Name the modules to gate in branches= if you know better",
+        )
+    if odd is not None:
+        warn(
+            f"the rows of a batch influence each other even in eval mode, first in `{odd}`: is the first axis of the "
+            "input the batch? If not, use mode='batch'",
+        )
+    rates = branch_rates([branch.depth for branch in branches], options.rate, options.decay)
+    rated = tuple(plan.noted(replace(branch, rate=rate)) for branch, rate in zip(branches, rates, strict=True))
+    if options.scale_by_keep:
+        unscalable = [b.name for b in rated if b.rate > 0 and any(gate.zero_only for gate in b.gates)]
+        if unscalable:
+            raise BranchError(
+                f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
+                f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
+            )
+    return Choice(rated, refused, plan.programs)
+
+
+def _selected(model: nn.Module, options: Options, found: Discovery, branches: list[Branch]) -> list[Branch]:
+    if options.branches is None:
+        return branches
+    if callable(options.branches):
+        return [b for b in branches if options.branches(b.name, model.get_submodule(b.name))]
+    names = set(options.named)
+    missing = names - {b.name for b in branches}
+    if missing:
+        reasons = [str(r) for r in found.refused() if r.name in missing]
+        why = f" ({listed(reasons)})" if reasons else ""
+        raise BranchError(
+            f"branches names {listed(sorted(map(repr, missing)))}, which returned no tensor in a forward of "
+            f"{type(model).__name__} and cannot be gated{why}"
+        )
+    return [b for b in branches if b.name in names]
+
+
+def _nothing_found(model: nn.Module, options: Options, found: Discovery) -> str:
+    text = f"no residual branch to gate in {type(model).__name__}: {found.additions} additions were looked at"
+    if found.rejected:
+        text += f" ({', '.join(f'{number}x {reason}' for reason, number in found.rejected.items())})"
+    if options.branches is not None and found.accepted:
+        return f"{text}, and branches= chose none of {listed([c.name for c in found.accepted])}"
+    if refused := found.refused():
+        text += f"; refused: {listed([str(r) for r in refused])}"
+    return f"{text}. If the model has residual branches, name the modules that end them in branches="

@@ -1,0 +1,87 @@
+"""Where the rows of each branch are, and which branches can be run on some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from rdp.branches import Branch, RowAxis
+from rdp.discovery.candidates import Candidate
+from rdp.discovery.find import Discovery
+from rdp.discovery.forwards import Inputs
+from rdp.discovery.graph import Graph
+from rdp.rows.axes import row_axis
+from rdp.rows.program import Program, draws_random_numbers
+from rdp.rows.verify import verify_programs
+from rdp.rows.writer import NotIndependent, branch_program
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of the rows of a model's branches.
+
+    Attributes:
+        programs: By name, the branches that can be run on some of the rows.
+        dense: By name, why others cannot.
+        wrong: Has a branch turned out to be otherwise than its program?
+    """
+
+    programs: Mapping[str, Program]
+    dense: Mapping[str, str]
+    wrong: bool
+
+    def noted(self, branch: Branch) -> Branch:
+        """The branch, with what is known of its rows."""
+        if branch.name in self.programs:
+            return replace(branch, compute="rows")
+        why = [f"dense: {self.dense[branch.name]}"] if branch.name in self.dense else []
+        return replace(branch, note=", ".join([branch.note] * bool(branch.note) + why))
+
+
+def plan_rows(
+    found: Discovery, single: Graph, model: nn.Module, pair: Inputs, allow_random: bool, allow_batch_norm: bool
+) -> Plan:
+    """Find out which branches can be run on some of the rows.
+
+    Args:
+        found: In a forward of two rows.
+        single: The same forward of one row.
+        model: The model.
+        pair: The inputs of two rows.
+        allow_random: Accept branches that draw random numbers in training.
+        allow_batch_norm: Accept branches with batch normalisation.
+    """
+    programs: dict[str, Program] = {}
+    dense: dict[str, str] = {}
+    for candidate in found.accepted:
+        try:
+            program = _program(found.graph, single, model, candidate, allow_batch_norm)
+            if not allow_random and draws_random_numbers(model, program):
+                raise NotIndependent("it has dropout inside, see compute='rows'")
+            programs[candidate.name] = program
+        except NotIndependent as why:
+            dense[candidate.name] = str(why)
+    wrong = verify_programs(model, pair, programs)
+    programs = {name: program for name, program in programs.items() if name not in wrong}
+    return Plan(programs, dense | wrong, bool(wrong))
+
+
+def locate_rows(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[str, int], RowAxis | None]:
+    """Where the outputs that end a branch have rows, by module and number, from forwards of two rows and of one."""
+    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
+    axes: dict[tuple[str, int], RowAxis | None] = {}
+    for seam in candidate.seams:
+        name, leaf = seam.call.name, seam.call.outputs.index(seam.value)
+        twin = twins.get((name, seam.call.ordinal))
+        axes[name, leaf] = None
+        if twin is not None and leaf < len(twin.outputs):
+            axes[name, leaf] = row_axis(pair.values[seam.value].shape, single.values[twin.outputs[leaf]].shape)
+    return axes
+
+
+def _program(pair: Graph, single: Graph, model: nn.Module, candidate: Candidate, allow_batch_norm: bool) -> Program:
+    if len(candidate.residuals) != 1 or len(candidate.seams) != 1 or candidate.seams[0].of_block:
+        raise NotIndependent("it does not end in one module")
+    return branch_program(pair, single, model, candidate.residuals[0], candidate.seams[0], allow_batch_norm)

@@ -1,0 +1,112 @@
+"""Masks for compiled models: opaque operators that run in every call of the compiled graph.
+
+A compiler sees masks come out of an operator and a phase that is a constant, so it makes one graph a phase. The masks
+are made on the CPU: CUDA graphs, which would replay those of their recording for ever, leave such an operator out.
+
+That a backward has come to a compiled forward is seen by another operator, in the graph of the backward. The *ticket*
+that it is given is kept for it by autograd, and so lives as long as the graph of the forward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rdp import trees
+from rdp.errors import BranchError
+
+if TYPE_CHECKING:
+    from rdp.training.run import Run
+
+_runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("rdp::begin_forward", mutates_args=())
+def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor]:
+    """Begin a forward of the N rows of `x`; its masks, bool `Tensor[branches, N]`, and ticket, int64 `Tensor[2]`."""
+    _runs[run].watch.compiled = True
+    forward = _runs[run].begin_forward(x.shape[0])
+    ticket = torch.tensor([run, id(forward)], device="cpu")
+    forward.graph = weakref.ref(ticket)
+    masks = forward.masks.clone()
+    return masks.pin_memory() if x.is_cuda else masks, ticket
+
+
+@begin_forward.register_fake
+def _(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor]:
+    masks = torch.empty((branches, x.shape[0]), dtype=torch.bool, device="cpu")
+    return masks, torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("rdp::reached", mutates_args=())
+def reached(gradient: Tensor, ticket: Tensor) -> Tensor:
+    """A backward has come to the forward of `ticket`; returns a one, since what returns nothing is left out."""
+    run, key = ticket.tolist()
+    if run in _runs:
+        step = _runs[run].step
+        for forward in [forward for forward in step.forwards if id(forward) == key]:
+            step.reached(forward)
+    return gradient.new_ones(())
+
+
+@reached.register_fake
+def _(gradient: Tensor, ticket: Tensor) -> Tensor:
+    return gradient.new_empty(())
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; its backward tells that it ran."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ticket: Tensor) -> Tensor:
+        ctx.save_for_backward(ticket)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * reached(gradients[0], *ctx.saved_tensors), None
+
+
+def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Begin a forward as torch.compile sees it.
+
+    Raises:
+        BranchError: If the branches are not known yet.
+    """
+    run.compiled = None
+    if run.pauses or not run.model.training or not torch.is_grad_enabled():
+        return
+    if not run.branches:
+        raise BranchError(
+            "the model is compiled before its branches are known; pass example_inputs to rdp.attach, or call "
+            "handle.discover(inputs), so that they are found beforehand"
+        )
+    x = next(tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim())
+    masks, ticket = begin_forward(x.detach(), id(run), len(run.branches))
+    run.compiled = masks.to(x.device, non_blocking=True), ticket
+
+
+def marked(run: Run, branch: int, x: Tensor) -> Tensor:
+    """The output `x` of a branch; if that is the first or last, its backward tells that it has reached the forward."""
+    ticket = run.compiled[1] if run.compiled is not None and branch in run.ends else None
+    return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
+
+
+def end(run: Run, *_: Any) -> None:
+    """End a forward as torch.compile sees it."""
+    run.compiled = None
+
+
+def register(run: Run) -> None:
+    """Make a run known to the operators."""
+    _runs[id(run)] = run
+
+
+def forget_compiled() -> None:
+    """Drop compiled code: it was made without the hooks that have just been added, or with those just removed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,136 @@
+"""Which parameters do not move in a step: those that no row of it reached the loss through.
+
+A branch is *live* in a step if some row of some forward learns through it; a parameter is frozen if it belongs to
+branches only, and none of them is live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rdp.branches import Branch
+from rdp.phases import Phase
+
+Gradients = list[tuple[int, int] | None]
+"""Of some parameters: which tensor the gradient is, and how often it was written to; None where there is none."""
+
+_PROBES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The place of one parameter, under one of its names.
+
+    The parameter itself may not be kept: FSDP replaces it when a model is sharded, and again while a module runs.
+    """
+
+    name: str
+    holder: dict[str, nn.Parameter | None]
+    key: str
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """By name, the places of all parameters; a shared one has several."""
+    return {
+        name: Slot(name, module._parameters, name.rpartition(".")[2])
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, _ in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+    }
+
+
+class Frozen:
+    """The parameters of the branches, and which of them are frozen in a step.
+
+    Args:
+        branches: In forward order, with their rates.
+        places: Of all parameters, by name.
+    """
+
+    def __init__(self, branches: Sequence[Branch], places: Mapping[str, Slot]) -> None:
+        self.by_branch = [[places[name] for name in branch.parameters] for branch in branches]
+        self._ungated = torch.tensor([branch.rate == 0 for branch in branches], dtype=torch.bool, device="cpu")
+
+        def depth(index: int) -> int:
+            around = branches[index].inside
+            return 0 if around is None else 1 + depth(around)
+
+        nested = [(i, branch.inside) for i, branch in enumerate(branches) if branch.inside is not None]
+        self._nested = sorted(nested, key=lambda pair: depth(pair[0]))
+
+    def live(self, masks: Tensor, phase: Phase) -> Tensor:
+        """Which branches have a row that learns, bool `Tensor[branches]`.
+
+        Args:
+            masks: Of a forward, bool `Tensor[branches, rows]`.
+            phase: Its phase.
+        """
+        learning = (~masks if phase is Phase.FREEZE else masks) | self._ungated[:, None]
+        for inner, outer in self._nested:
+            learning[inner] &= learning[outer]
+        return learning.any(1)
+
+    def live_in_any(self, forwards: Sequence[Tensor]) -> Tensor:
+        """What is live in one of several forwards, each as `live` tells; all, if there are no forwards."""
+        return torch.stack([*forwards] or [torch.ones(len(self.by_branch), dtype=torch.bool, device="cpu")]).any(0)
+
+    def parameters(self, live: Tensor) -> frozenset[int]:
+        """The ids of the parameters that must not move in a step in which these branches are live."""
+        ids = [{id(p) for slot in group if (p := slot.holder.get(slot.key)) is not None} for group in self.by_branch]
+        moving = set().union(*(group for alive, group in zip(live.tolist(), ids, strict=True) if alive))
+        return frozenset(set().union(*ids) - moving)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters of all branches that are trained."""
+        present = (slot.holder.get(slot.key) for group in self.by_branch for slot in group)
+        return [p for p in present if p is not None and p.requires_grad]
+
+
+class Probes:
+    """A few parameters, by whose gradients it is seen that a backward ran, or that gradients were thrown away."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._parameters: list[Tensor] = []
+        self._branches: list[int] = []
+        """If all of them lie in branches: in which."""
+
+    def choose(self, model: nn.Module, branches: Iterable[Branch], held: Mapping[str, Tensor]) -> None:
+        """Look at these from now on.
+
+        Args:
+            model: Its parameters are registered from stem to head.
+            branches: Known or not.
+            held: The parameters of wrapped optimizers, by name. FSDP keeps gradients at these, and not at those that
+                are in the modules while they run.
+        """
+        named = {name: held.get(name, p) for name, p in model.named_parameters()}
+        trained = {name: p for name, p in named.items() if p.requires_grad} or named
+        inside = [[name for name in branch.parameters if name in trained] for branch in branches]
+        owned = {name for names in inside for name in names}
+        outside = [name for name in trained if name not in owned]
+        half = _PROBES // 2
+        # Of what learns in every step a few are enough; a branch may be dropped, so without those, one of each.
+        firsts = {place: names[0] for place, names in enumerate(inside) if names}
+        some = list(firsts.values())
+        self.names = outside[:half] + outside[half:][-half:] + some[:: len(some) // half + 1 if outside else 1]
+        self._parameters = [trained[name] for name in self.names]
+        self._branches = [] if outside else list(firsts)
+
+    def gradients(self) -> Gradients:
+        """Their gradients now."""
+        gradients = [p.grad for p in self._parameters]
+        # Of a DTensor FSDP writes to the local one.
+        local = [None if g is None else getattr(g, "_local_tensor", g) for g in gradients]
+        return [None if g is None else (id(g), g._version) for g in local]
+
+    def expect_nothing(self, live: Tensor) -> bool:
+        """Do none of them get a gradient by a forward of these live branches, though they are trained?
+
+        Then all that is trained lies in branches, of which none is live: the forward teaches nothing, as it should.
+        """
+        trained = any(p.requires_grad for p in self._parameters)
+        return trained and bool(self._branches) and not bool(live[self._branches].any())

@@ -1,0 +1,208 @@
+"""The forward hooks that `attach` injects. They read the state of the run and decide nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rdp import trees
+from rdp.branches import Branch, GatePoint
+from rdp.copies import Hook
+from rdp.errors import ForwardError
+from rdp.phases import Phase
+from rdp.rows.branch import BranchOnRows
+from rdp.rows.program import Program
+from rdp.training import compiled, gates
+from rdp.training.recomputation import in_reentrant_checkpoint
+from rdp.training.step import Forward
+
+if TYPE_CHECKING:
+    from rdp.training.run import Run
+
+
+def install_on_model(run: Run) -> Iterator[RemovableHandle]:
+    """Hook the model itself: masks are decided there, once, for all branches."""
+    begin = RunHook(run, run.begin, functools.partial(compiled.begin, run))
+    end = RunHook(run, run.end, functools.partial(compiled.end, run))
+    yield run.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+    yield run.model.register_forward_hook(end, always_call=True)
+
+
+def install(run: Run, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
+    """Hook a branch.
+
+    Args:
+        run: That of the model.
+        index: Of the branch among those of the handle.
+        branch: The branch.
+        program: The same, if it is to run on some of the rows.
+    """
+    model = run.model
+    on_rows = BranchOnRows(model, program) if program is not None else None
+    if program is not None and on_rows is not None:
+        entry = model.get_submodule(program.entry)
+        yield entry.register_forward_pre_hook(EntryHook(run, index, on_rows), with_kwargs=True, prepend=True)
+        for name in program.later_modules:
+            later = LaterHook(run, name, on_rows)
+            yield model.get_submodule(name).register_forward_pre_hook(later, with_kwargs=True)
+    keep_prob = 1 - branch.rate if run.options.scale_by_keep else None
+    for point in branch.gates:
+        yield model.get_submodule(point.module).register_forward_hook(GateHook(run, index, point, keep_prob, on_rows))
+
+
+class RunHook(Hook):
+    """A hook that asks the run what to do, in one way in Python and in another in the graph of a compiler.
+
+    Args:
+        run: That of the model.
+        eager: Called with what torch gives a hook.
+        traced: The same for a compiler to look into; None does nothing.
+    """
+
+    def __init__(self, run: Run, eager: Callable[..., Any], traced: Callable[..., Any] | None = None) -> None:
+        super().__init__(run)
+        self.run = run
+        self.eager = eager
+        self.traced = traced
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        """What torch calls."""
+        if torch.compiler.is_compiling():
+            return self.traced(module, *given) if self.traced is not None else None
+        return self.eager(module, *given)
+
+
+class EntryHook(RunHook):
+    """Forward pre-hook of the first module of a branch that runs on some of the rows."""
+
+    def __init__(self, run: Run, branch: int, on_rows: BranchOnRows) -> None:
+        super().__init__(run, self.cut)
+        self.branch = branch
+        self.on_rows = on_rows
+
+    def cut(self, module: nn.Module, *given: Any) -> Any:
+        """Cut the arguments to undropped rows, if there are such and others."""
+        if self.on_rows.replaying:
+            return None
+        self.on_rows.passing = None  # what an interrupted forward has left behind
+        forward = current_forward(self.run)
+        if forward is None or forward.phase is Phase.PLAIN:
+            return None
+        freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
+        kept, rows = forward.kept[self.branch], forward.rows
+        if kept == rows or rows == 1 or (kept == 0 and (freeze or not may_leave_no_graph(self.run))):
+            return None
+        if program.batch_norm and not (kept == 0 < rows - 2 or (kept >= 2 and rows - kept >= 2)):
+            return None  # of a single row there may be no statistics
+        return self.on_rows.enter(given, functools.partial(forward.split, self.branch), freeze)
+
+
+class LaterHook(RunHook):
+    """Forward pre-hook of a later module of such a branch; `name` is the module's."""
+
+    def __init__(self, run: Run, name: str, on_rows: BranchOnRows) -> None:
+        super().__init__(run, self.cut)
+        self.name = name
+        self.on_rows = on_rows
+
+    def cut(self, module: nn.Module, *given: Any) -> Any:
+        """Cut the arguments from outside to the rows that the branch was entered with."""
+        if self.on_rows.replaying or self.on_rows.passing is None:
+            return None
+        if current_forward(self.run) is None:
+            return None  # what was entered is left from a forward that raised
+        return self.on_rows.later(self.name, given)
+
+
+class GateHook(RunHook):
+    """Forward hook of a module that ends a branch.
+
+    Args:
+        run: That of the model.
+        branch: Index of the branch.
+        point: Which output tensor is masked, and along which axis.
+        keep_prob: With `scale_by_keep`, what undropped rows are divided by in DROP.
+        on_rows: The branch, if it runs on some of the rows.
+    """
+
+    def __init__(
+        self, run: Run, branch: int, point: GatePoint, keep_prob: float | None, on_rows: BranchOnRows | None = None
+    ) -> None:
+        super().__init__(run, self.gate, self.gate_traced)
+        self.branch = branch
+        self.point = point
+        self.keep_prob = keep_prob
+        self.on_rows = on_rows
+
+    def gate(self, module: nn.Module, *given: Any) -> Any:
+        """Mask the output; None leaves it as it is."""
+        run, on_rows, output = self.run, self.on_rows, given[-1]
+        if on_rows is not None and on_rows.replaying:
+            return None
+        forward = current_forward(run)
+        if forward is None:
+            if trains_unseen(run):
+                run.watch.stray(run.branches[self.branch].name)
+            return None
+        if forward.phase not in run.gated_phases:
+            return None
+        run.watch.reached.add(self.branch)
+        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        if run.options.mode == "row" and hasattr(x, "_local_tensor"):
+            raise ForwardError(
+                f"the output of `{self.point.module}` is a DTensor, whose rows cannot be masked. Attach after "
+                "parallelize_module and let the module return a local tensor (use_local_output=True), or use "
+                "mode='batch'"
+            )
+        if on_rows is not None and on_rows.passing is not None:
+            others = on_rows.replay()[on_rows.program.result] if forward.phase is Phase.FREEZE else x
+            kept, lost = gates.undropped(forward.phase, x, None, self.keep_prob), gates.dropped(forward.phase, others)
+            gated = on_rows.leave(kept, lost)
+        else:
+            source = next(trees.tensors(given)) if self.point.of_block else None
+            keep: Tensor | bool = forward.kept[self.branch] > 0
+            if forward.kept[self.branch] not in (0, forward.rows) or not may_leave_no_graph(run):
+                keep = gates.broadcast_rows(forward.keep(self.branch, x.device), x, self.point)
+            gated = gates.gate(forward.phase, keep, x, source, self.keep_prob)
+        if forward.graph is None and gated.requires_grad:
+            run.step.mark(forward, gated)  # for a loss that is not made of what the model returns
+        if gated is x:
+            return None
+        return gated if x is output else trees.with_tensor(output, self.point.leaf, gated)
+
+    def gate_traced(self, module: nn.Module, *given: Any) -> Any:
+        """The same in one graph for all masks: no work is skipped, and no mask is looked at."""
+        run, phase, output = self.run, self.run.step.phase, given[-1]
+        if run.compiled is None or phase not in run.gated_phases:
+            return None
+        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        source = next(trees.tensors(given)) if self.point.of_block else None
+        x = compiled.marked(run, self.branch, x)
+        keep = gates.broadcast_rows(run.compiled[0][self.branch].to(x.device, non_blocking=True), x, self.point)
+        return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, self.keep_prob))
+
+
+def current_forward(run: Run) -> Forward | None:
+    """The forward that a gate called now belongs to; None if it is not gated, or not in a forward at all."""
+    if run.calls.running:
+        # One that is not over in eval mode was interrupted.
+        return run.calls.running[-1] if run.model.training else None
+    return run.calls.of_backward(run.step)
+
+
+def trains_unseen(run: Run) -> bool:
+    """Is a branch that is not gated now trained all the same, by somebody who calls parts of the model?"""
+    unseen = not run.calls.running and not run.pauses and torch._C._current_graph_task_id() == -1
+    return unseen and run.model.training and torch.is_grad_enabled()
+
+
+def may_leave_no_graph(run: Run) -> bool:
+    """May a branch whose rows are all alike be left out of the graph?"""
+    # A checkpoint that is recomputed for its graph may hold nothing but this branch. And with a mask for each row,
+    # another process may need what this one does not: sharded gradients are reduced by all or by none.
+    return (run.options.mode == "batch" or not run.several) and not in_reentrant_checkpoint()

@@ -1,0 +1,291 @@
+"""A training run of an attached model: what the handle, the hooks and the optimizers share.
+
+The handle shows it to the user and changes where it stands, the hooks begin its forwards and gate them, and the
+optimizers end its steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from rdp import masks, trees
+from rdp.branches import Branch
+from rdp.distributed.agreement import Agreement
+from rdp.distributed.ranks import Ranks
+from rdp.errors import ForwardError
+from rdp.options import Options
+from rdp.phases import Phase, Schedule
+from rdp.training import gates
+from rdp.training.frozen import Frozen, Probes, slots
+from rdp.training.recomputation import Calls
+from rdp.training.step import Draw, Forward, Step, next_node, sent
+from rdp.training.watch import Watch
+
+
+class Stepper(Protocol):
+    """What a run needs of a `MaskedOptimizer`: the wrapped optimizer, and its parameters."""
+
+    optimizer: Optimizer
+
+    def parameters(self) -> list[Tensor]: ...  # noqa: D102
+
+
+class Run:
+    """Which step training is at, with which masks, and which parameters are frozen in it.
+
+    Args:
+        model: The attached model.
+        options: What `attach` was asked for.
+        ranks: The processes that train it together.
+        discover: Called with the arguments of the first training forward, if branches are not known by then.
+
+    Attributes:
+        branches: In forward order; empty until they have been found.
+        expected: Names and rates of the branches that a state has which was loaded before they were known.
+        ends: The first and the last of them that are gated.
+        seed: Of the masks.
+        step: The current step.
+        masks: Of the latest training forward, bool `Tensor[branches, rows]`.
+        calls: The calls of the model that are running.
+        frozen: The parameters of the branches.
+        attached: False once the hooks have been taken out of the model.
+        compiled: Masks and ticket of the forward that runs, for compiled code; None outside of one.
+        pauses: How many `paused` contexts are open.
+        optimizers: The wrapped ones, each of which has to step before the step is over.
+        held: The parameters of the wrapped optimizers, by name.
+        several: Do several processes train the model together?
+    """
+
+    def __init__(self, model: nn.Module, options: Options, ranks: Ranks, discover: Callable[..., None]) -> None:
+        self.model = model
+        self.options = options
+        self.discover = discover
+        self.schedule = Schedule(options.phases)
+        self.gated_phases = (Phase.DROP, Phase.FREEZE) if options.freeze == "output" else (Phase.DROP,)
+        self.branches: tuple[Branch, ...] = ()
+        self.expected: tuple[list[str], list[float]] | None = None
+        self.ends: tuple[int, ...] = ()
+        self.seed = options.seed
+        self.frozen = Frozen((), {})
+        self.probes = Probes()
+        self.calls = Calls()
+        self.watch = Watch(model)
+        self.agreement = Agreement(ranks, self.facts)
+        self.attached = True
+        self.compiled: tuple[Tensor, Tensor | None] | None = None
+        self.pauses = 0
+        self.optimizers: list[Stepper] = []
+        self.held: dict[str, Tensor] = {}
+        self.several = False
+        self.go_to(0)
+
+    def go_to(self, number: int, replay: tuple[Draw, ...] = (), forwards: Sequence[tuple[int, int]] = ()) -> None:
+        """Go on at another step, or within it.
+
+        Args:
+            number: How many steps have ended before.
+            replay: See `Step`.
+            forwards: The position and the number of rows of each forward that has learnt in it.
+        """
+        self.step = Step(number, *self.schedule.at(number), self.probes, replay)
+        self.masks = torch.ones(len(self.branches), 0, dtype=torch.bool, device="cpu")
+        for position, rows in forwards:
+            self._new_forward(position, rows).learnt = True
+        self.watch.forget()
+
+    def found(self, branches: tuple[Branch, ...]) -> None:
+        """The branches are known."""
+        places = slots(self.model)
+        self.frozen = Frozen(branches, places)
+        self.branches, self.expected = branches, None
+        gated = [index for index, branch in enumerate(branches) if branch.rate > 0]
+        self.ends = (*gated[:1], *gated[-1:])
+        self.probes.choose(self.model, branches, self.held)
+        self.watch.found(places, {*self.probes.names, *(name for branch in branches for name in branch.parameters)})
+        self.go_to(self.step.number, self.step.replay, self.step.learnt())
+
+    def wrapped(self, optimizer: Stepper) -> None:
+        """An optimizer has been wrapped; it takes the place of another over some of the same parameters."""
+        ids = {id(p) for p in optimizer.parameters()}
+        self.optimizers = [o for o in self.optimizers if ids.isdisjoint(map(id, o.parameters()))] + [optimizer]
+        self.held |= {name: p for name, p in self.model.named_parameters() if id(p) in ids}
+        self.probes.choose(self.model, self.branches, self.held)
+
+    def facts(self) -> dict[str, object]:
+        """What must be the same on all ranks."""
+        return {
+            "the step": self.step.number,
+            "the branches": [branch.name for branch in self.branches],
+            "the rates": [branch.rate for branch in self.branches],
+            "the seed": self.seed,
+            "the phases, mode or sampling": (self.schedule.phases, self.options.mode, self.options.sampling),
+        }
+
+    @_disable_dynamo  # a compiler must not look into it, even where it has given up on the caller
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model is called: a training forward finds the branches, if they are not known, and gets its masks.
+
+        Raises:
+            ForwardError: If `module` is another than the attached one, or its rows cannot be masked.
+        """
+        if module is not self.model:
+            raise ForwardError(
+                f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
+                "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
+            )
+        calls, forward, in_backward = self.calls, None, torch._C._current_graph_task_id() != -1
+        if calls.running and not in_backward:
+            calls.forget_interrupted(module)
+        try:
+            if self.pauses or not module.training or not torch.is_grad_enabled():
+                return
+            if in_backward:
+                forward = calls.of_backward(self.step)
+                if forward is None:
+                    raise ForwardError(
+                        "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward "
+                        "runs without gradients and was taken for a plain one. Pass use_reentrant=False, or "
+                        "checkpoint its blocks"
+                    )
+                return
+            rows = _count_rows((args, kwargs))
+            if not self.branches:
+                self.discover(args, kwargs)
+                if callable(unshard := getattr(module, "unshard", None)):
+                    unshard()  # FSDP has sharded the model again after the forwards of discovery
+            forward = self.begin_forward(rows)
+            forward.running, forward.nodes = True, (next_node(), 0)
+            if "torch._dynamo" in sys.modules:  # then parts of the model may be compiled
+                self.compiled = sent(forward.masks, next(module.parameters()).device), None
+        finally:
+            calls.running.append(forward)  # in any case, since `end` is called even after an error
+
+    def begin_forward(self, rows: int) -> Forward:
+        """Begin a training forward of `rows` rows: draw its masks."""
+        step = self.step
+        self.watch.forward_begins(step.phase, step.number, bool(step.stepped))
+        forward = self._new_forward(step.place(), rows)
+        if self.several:
+            forward.question = self.agreement.forward_begins(forward.live)
+        return forward
+
+    def _new_forward(self, position: int, rows: int) -> Forward:
+        step, options = self.step, self.options
+        self.several = dist.is_available() and dist.is_initialized() and self.agreement.ranks.size > 1
+        # With frozen parameters instead of frozen outputs all micro-batches must agree on what is frozen.
+        number = 0 if options.freeze == "params" else position
+        # FREEZE begins again where it has more forwards than DROP had.
+        again = step.replayed[number % len(step.replay)] if step.replayed else Draw(number, rows)
+        draw = step.replayed.get(number, again)
+        if step.phase is Phase.PLAIN:
+            self.masks = torch.ones(len(self.branches), rows, dtype=torch.bool, device="cpu")
+        else:
+            self.masks = masks.draw(
+                [branch.rate for branch in self.branches],
+                rows,
+                seed=self.seed,
+                cycle=step.cycle,
+                micro_batch=draw.number,
+                mode=options.mode,
+                rank=self.agreement.ranks.rank if self.several else 0,
+                fixed_among=draw.rows if options.sampling == "fixed" else None,
+            )
+        forward = Forward(step.phase, position, draw, self.masks, self.frozen.live(self.masks, step.phase))
+        step.forwards.append(forward)
+        return forward
+
+    @_disable_dynamo
+    def end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The model has returned, or raised; returns its output in another form, or None to leave it."""
+        self.compiled = None
+        forward = self.calls.running.pop() if self.calls.running else None
+        if forward is None or not forward.running:  # which is over already where it was recomputed
+            return None
+        forward.running, forward.nodes = False, (forward.nodes[0], next_node())
+        if sys.exception() is not None and id(sys.exception()) != forward.handling:
+            forward.spent = True  # it has raised, and not in the midst of handling an error from before
+            return None
+        returned, linked = list(trees.tensors(output)), None
+        if torch.is_grad_enabled() and (self.several or not any(x.requires_grad for x in returned)):
+            # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits
+            # for the gradients of branches that are out of the graph on this rank.
+            linked = gates.link_output(output, self.frozen.trainable())
+            returned = list(trees.tensors(linked))
+        for x in returned:
+            if x.requires_grad:
+                self.step.mark(forward, x)
+        forward.learnt = forward.graph is None  # where no backward could be seen, it is taken for granted
+        return linked
+
+    def live(self) -> Tensor:
+        """The branches that learn in this step, as far as can be told, bool `Tensor[branches]`."""
+        if self.step.agreed is not None:
+            return self.step.agreed
+        # Before a backward, and after one that could not be seen: those that would count.
+        forwards = self.step.counted() or [forward for forward in self.step.forwards if not forward.spent]
+        return self.frozen.live_in_any([forward.live for forward in forwards])
+
+    def settle(self) -> frozenset[int]:
+        """An optimizer is about to step; the ids of the parameters that must not move."""
+        step = self.step
+        step.settled = step.counted()
+        forwards = step.settled or [forward for forward in step.forwards if not forward.spent]
+        live = self.frozen.live_in_any([forward.live for forward in forwards])
+        if self.several and self.attached:
+            questions = [forward.question for forward in forwards if forward.question is not None]
+            step.agreed = live = self.agreement.settle(live, questions)
+        return self.frozen.parameters(live)
+
+    def announced(self) -> None:
+        """The user says that the step is over, who may have cleared by now the gradients that were used."""
+        for forward in self.step.counted() or [f for f in self.step.forwards if f.learnt and not f.spent]:
+            forward.learnt = forward.used = True
+        self.advance(self.frozen.parameters(self.live()))
+
+    def evaluates(self, before: Collection[Forward]) -> None:
+        """A closure is about to be called: its earlier calls do not count, but the forwards `before` the step do."""
+        for forward in self.step.forwards:
+            forward.spent |= forward not in before
+        self.watch.forget()  # the optimizer itself moves parameters between two calls of a closure
+
+    def stepped(self, optimizer: Stepper, frozen: frozenset[int]) -> None:
+        """An optimizer has stepped, with these parameters frozen; the step ends when all have."""
+        step = self.step
+        for forward in step.settled:
+            forward.learnt = forward.used = True
+        if self.attached and all(forward.spent for forward in step.forwards):
+            self.watch.idle()
+        if self.optimizers and all(o.optimizer is not optimizer.optimizer for o in self.optimizers):
+            self.watch.replaced(optimizer.optimizer)
+        step.stepped.append(optimizer.optimizer)
+        waiting = [o for o in self.optimizers if o.optimizer not in step.stepped]
+        if not waiting or step.stepped.count(optimizer.optimizer) > 1:
+            self.advance(frozen)
+
+    def advance(self, frozen: frozenset[int]) -> None:
+        """End the current step, in which these parameters were frozen."""
+        self.watch.step_ends(frozen)
+        number = self.step.number + 1
+        self.step = Step(number, *self.schedule.at(number), self.probes, self.step.draws())
+
+
+def _count_rows(inputs: object) -> int:
+    """The number of rows of a training forward, or a refusal."""
+    rows = trees.batch_size(inputs)
+    if rows is None:
+        raise ForwardError(
+            "the model was called without any tensor that has a batch axis, so there are no rows to mask"
+        )
+    if rows == 0:
+        raise ForwardError("the batch is empty (0 rows); skip it, or train it under handle.paused()")
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise ForwardError("the model was called under torch.func (vmap, grad, jvp), where rows cannot be told apart")
+    return rows

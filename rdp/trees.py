@@ -1,0 +1,107 @@
+"""The one walker of nested containers: tensors in whatever a model takes or returns.
+
+Containers are what torch's pytree knows (tuples, lists, dicts, and what others have registered, such as the outputs of
+transformers), and further mappings, sets, slices and dataclasses. Anything else is a leaf.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Path = tuple[object, ...]
+
+
+class Placeholder:
+    """Base of what stands in a container for something else: a leaf, though it may be a dataclass."""
+
+    __slots__ = ()
+
+
+_LEAVES = (Tensor, str, bytes, int, float, type(None), Placeholder)
+_EMPTY = (Mapping, list, tuple, set)
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor in `value`, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif not isinstance(value, _LEAVES):
+        for item in _items(value).values():
+            yield from tensors(item)
+
+
+def batch_size(inputs: object) -> int | None:
+    """The length of the first axis of the first tensor that has one."""
+    return next((tensor.shape[0] for tensor in tensors(inputs) if tensor.dim()), None)
+
+
+def leaves(value: object) -> dict[Path, Any]:
+    """Every leaf in `value`, in order, by the keys that lead to it."""
+    if isinstance(value, _LEAVES) or not ((items := _items(value)) or isinstance(value, _EMPTY)):
+        return {(): value}
+    return {(key, *path): leaf for key, item in items.items() for path, leaf in leaves(item).items()}
+
+
+def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `change(leaf)` in the place of every leaf.
+
+    Containers are copied where something in them changes; whatever has not changed is the very same object.
+    """
+    if isinstance(value, _LEAVES) or not ((items := _items(value)) or isinstance(value, _EMPTY)):
+        return change(value)
+    new = {key: map_leaves(change, item) for key, item in items.items()}
+    changed = {key: item for key, item in new.items() if item is not items[key]}
+    return _with_items(value, new, changed) if changed else value
+
+
+def with_tensor(value: Any, number: int, new: Tensor) -> Any:
+    """`value` with another tensor in the place of tensor `number`, counted as `tensors` does."""
+    numbers = itertools.count()
+
+    def change(leaf: Any) -> Any:
+        return new if isinstance(leaf, Tensor) and next(numbers) == number else leaf
+
+    return new if isinstance(value, Tensor) else map_leaves(change, value)
+
+
+def _items(value: Any) -> Mapping[Any, Any]:
+    """The items of a container, with their keys; none of a leaf."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple, set)):
+        return dict(enumerate(value))
+    if isinstance(value, slice):
+        return {"start": value.start, "stop": value.stop, "step": value.step}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    if (node := pytree.SUPPORTED_NODES.get(type(value))) is not None:
+        return dict(enumerate(node.flatten_fn(value)[0]))
+    return {}
+
+
+def _with_items(value: Any, items: dict[Any, Any], changed: dict[Any, Any]) -> Any:
+    """A container like `value` that holds `items`, of which some have changed."""
+    if isinstance(value, (Mapping, list)):
+        copied = copy.copy(value)  # and not `type(value)(...)`: a subclass may be made of other arguments
+        for key, item in changed.items():
+            copied[key] = item  # type: ignore[index]
+        return copied
+    parts = list(items.values())
+    if isinstance(value, slice):
+        return slice(*parts)
+    if isinstance(value, (tuple, set)):
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if dataclasses.is_dataclass(value):
+        replica = copy.copy(value)
+        for name, item in changed.items():
+            object.__setattr__(replica, name, item)  # it may be frozen
+        return replica
+    node = pytree.SUPPORTED_NODES[type(value)]
+    return node.unflatten_fn(parts, node.flatten_fn(value)[1])
