@@ -1,4 +1,4 @@
-"""`rdp.phases`: which phase a step has and which DROP it belongs to, against counting from the first step on."""
+"""Which phase a step has and which DROP it belongs to, against counting from the first step on."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def test_phases_repeat_and_a_cycle_begins_with_each_drop(phases, step):
     schedule = Schedule(iter(phases))
     history = list(itertools.islice(itertools.cycle(phases), step + 1))
     assert schedule.phases == tuple(phases)
-    assert schedule.phase(step) is history[step]
-    assert schedule.cycle(step) == max(history.count(Phase.DROP) - 1, 0)
+    assert schedule.at(step) == (history[step], max(history.count(Phase.DROP) - 1, 0))
 
 
 @given(PHASES)

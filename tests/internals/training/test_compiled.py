@@ -1,4 +1,4 @@
-"""`rdp.traced` and what hooks do for a compiler, run by Python: the steps that a compiler records are the oracle's."""
+"""What is done for a compiler, run by Python: the steps that a compiler records are the oracle's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from laws.architectures import BlockMLP, ConvNet, LoopMLP, Transformer
+from laws.architectures import BlockMLP, LoopMLP, Transformer
 from laws.strategies import Case
 from laws.training import loss
 from torch import Tensor, nn
 
 import rdp
-from rdp import traced
+from rdp.training import compiled
+from rdp.training.run import Run
 
 CASE = Case(BlockMLP, (("plain", "norm"),), decay="constant", seed=3)
 
@@ -30,17 +31,24 @@ def compiling() -> Iterator[None]:
         yield
 
 
+def same_gradients(model: nn.Module, reference: nn.Module, besides: tuple[str, ...] = ()) -> None:
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if name not in besides:
+            torch.testing.assert_close(*(torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q)))
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(CASE, id="row"),
-        pytest.param(Case(BlockMLP, (("plain", "in_place"),), mode="batch", decay="constant", seed=3), id="batch"),
         pytest.param(
             Case(BlockMLP, (("plain", "norm"),), mode="batch", freeze="params", decay="constant", seed=3), id="params"
         ),
         pytest.param(Case(LoopMLP, (3,), scale_by_keep=True, rate=0.3, decay="linear", seed=1), id="scaled"),
         pytest.param(Case(BlockMLP, (("post_activation",) * 2,), decay="constant", seed=3), id="activation"),
-        pytest.param(Case(ConvNet, ("basic", (1, 2)), decay="constant", seed=3), id="convolutions"),
         pytest.param(Case(Transformer, ("tuple_attention", 2), decay="constant", seed=3), id="outputs in tuples"),
     ],
 )
@@ -48,25 +56,20 @@ def test_the_steps_of_a_compiled_graph_are_the_oracles(case):
     model = case.model()
     reference = copy.deepcopy(model)
     handle = case.attach(model, example_inputs=model.rows(2, 0))
-    assert not handle._run.watch.compiled
     dropped = 0
     for step in range(6):
         x = model.rows(5, step)
         with compiling():
             output = model(x)
-        assert handle._run.traced_masks is None, "the forward is over"
+        assert handle._run.compiled is None, "the forward is over"
         dropped += int((~handle.masks).sum())
         expected = case.oracle(reference, x, handle.masks, handle.phase)
         torch.testing.assert_close(output, expected)
         loss(output).backward()
         loss(expected).backward()
-        frozen = handle.frozen if case.freeze == "params" else ()  # by the optimizer, whatever their gradients are
-        for name, p in model.named_parameters():
-            if name in frozen:
-                continue
-            q = reference.get_parameter(name)
-            a, b = (torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q))
-            torch.testing.assert_close(a, b)
+        # Parameters that are frozen as such are frozen by the optimizer, whatever their gradients are.
+        same_gradients(model, reference, besides=handle.frozen if case.freeze == "params" else ())
+        assert handle.phase not in handle._run.gated_phases or handle.state_dict()["forwards"] == [[0, 5]]
         model.zero_grad()
         reference.zero_grad()
         handle.advance()
@@ -75,19 +78,19 @@ def test_the_steps_of_a_compiled_graph_are_the_oracles(case):
     assert handle.check().facts[1].startswith("6 training forwards, 6 steps")
 
 
-def test_parts_that_are_compiled_while_the_model_is_not(monkeypatch):
+def test_parts_that_are_compiled_while_the_model_is_not():
     """Regional compilation: masks are drawn by Python and gates are in compiled code."""
-    monkeypatch.setattr(traced, "may_be_compiled", lambda: True)
     model = CASE.model()
     reference = copy.deepcopy(model)
     handle = CASE.attach(model, example_inputs=model.rows(2, 0))
+    assert "torch._dynamo" in sys.modules, "a compiler may be at work"
 
-    def compiled(block: nn.Module, x: Tensor) -> Tensor:
+    def part(block: nn.Module, x: Tensor) -> Tensor:
         with compiling():
             return type(block).forward(block, x)
 
     for block in model.body:
-        block.forward = functools.partial(compiled, block)
+        block.forward = functools.partial(part, block)
     for step in range(4):
         x = model.rows(5, step)
         with handle.paused():
@@ -95,7 +98,10 @@ def test_parts_that_are_compiled_while_the_model_is_not(monkeypatch):
         output = model(x)
         torch.testing.assert_close(output, CASE.oracle(reference, x, handle.masks, handle.phase))
         assert not torch.equal(output, reference(x)) or handle.phase is rdp.Phase.FREEZE
-        assert handle._run.traced_masks is None
+        assert handle._run.compiled is None
+        loss(output).backward()
+        assert handle.state_dict()["forwards"] == [[0, 5]]
+        model.zero_grad()
         handle.advance()
 
 
@@ -131,9 +137,11 @@ def test_whole_blocks(mode, context):
         torch.testing.assert_close(output, expected)
         seen |= {(handle.phase, *keep) for keep in handle.masks.all(1).unsqueeze(1).tolist()}
         for result in (output, expected):
-            result.square().sum().backward()
-        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(*(torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q)))
+            if result.requires_grad:
+                result.square().sum().backward()
+        same_gradients(model, reference)
+        model.zero_grad()
+        reference.zero_grad()
         handle.advance()
     assert len(seen) == (4 if mode == "batch" else 2), "kept and dropped ones in both phases"
 
@@ -152,7 +160,7 @@ def test_what_runs_plainly_also_when_compiled():
         model.eval()
         assert torch.equal(model(x), reference.eval()(x))
         model.train()
-        handle._run.traced_masks = torch.zeros(2, 6, dtype=torch.bool)  # of a forward that was interrupted
+        handle._run.compiled = torch.zeros(2, 6, dtype=torch.bool), None  # of a forward that was interrupted
         with handle.paused():
             assert torch.equal(model(x), reference.train()(x))
         assert torch.equal(model.body[0](model.stem(x)), reference.body[0](reference.stem(x)))
@@ -171,11 +179,12 @@ class ScalarFirst(nn.Module):
         return x
 
 
-def test_rows_are_those_of_the_first_tensor_that_has_any():
+@pytest.mark.parametrize("context", [compiling, contextlib.nullcontext])
+def test_rows_are_those_of_the_first_tensor_that_has_any(context):
     model = ScalarFirst()
     call = {"scale": torch.tensor(2.0), "inputs": {"x": torch.randn(3, 4, requires_grad=True)}}
     handle = rdp.attach(model, 0.5, example_inputs=call)
-    with compiling():
+    with context():
         model(**call).sum().backward()
     assert handle.masks.shape == (2, 3)
 
@@ -191,52 +200,96 @@ def test_branches_must_be_known_before():
     )
 
 
-def test_the_operator_has_the_shape_that_a_compiler_is_told():
-    """And its masks are its own: a later forward does not change them."""
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def attached() -> tuple[nn.Module, rdp.ResidualDropPath]:
     model = CASE.model()
-    handle = CASE.attach(model, example_inputs=model.rows(2, 0))
+    return model, CASE.attach(model, example_inputs=model.rows(2, 0))
+
+
+def test_operators_return_what_a_compiler_is_told():
+    """And the masks are a copy: a later forward does not change them."""
+    model, handle = attached()
     x = model.rows(7, 0)
-    masks = traced.begin_forward(x, handle._run.key, 2)
-    told = traced.begin_forward(x.to("meta"), handle._run.key, 2)
-    assert (told.shape, told.dtype) == (masks.shape, masks.dtype) == ((2, 7), torch.bool)
-    assert masks.device.type == "cpu"
+    masks, ticket = compiled.begin_forward(x, id(handle._run), 2)
+    one = compiled.reached(x, ticket)
+    told = (
+        *compiled.begin_forward(x.to("meta"), id(handle._run), 2),
+        compiled.reached(x.to("meta"), ticket.to("meta")),
+    )
+    for made, expected in zip((masks, ticket, one), told, strict=True):
+        assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
+    assert (masks.device.type, ticket.device.type) == ("cpu", "cpu")
     assert torch.equal(masks, handle.masks)
-    assert masks.data_ptr() != handle.masks.data_ptr()
+    assert masks.data_ptr() != handle._run.masks.data_ptr()
+    assert one.item() == 1
 
 
-def test_a_run_is_known_by_its_key_for_as_long_as_it_lives():
-    model, other = CASE.model(), CASE.model()
-    runs = [CASE.attach(m)._run for m in (model, other)]
-    keys = [run.key for run in runs]
-    assert [traced._runs[key] for key in keys] == runs
-    assert keys[0] != keys[1]
-    del runs, model, other
+def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
+    model, handle = attached()
+    masks, ticket = compiled.begin_forward(model.rows(7, 0), id(handle._run), 2)
+    (forward,) = handle._run.step.forwards
+    assert forward.may_learn
+    del ticket
+    assert not forward.may_learn
+    assert masks.shape == (2, 7)
+
+
+def marked(run: Run, rows: int) -> tuple[Tensor, Tensor]:
+    """An input of a forward of a compiled model, and the same so that its backward tells that it has come."""
+    x = torch.ones(rows, requires_grad=True)
+    run.compiled = compiled.begin_forward(x, id(run), 2)
+    output = compiled.marked(run, x)
+    assert output is not x
+    assert compiled.marked(run, x) is x, "once is enough"
+    run.compiled = None
+    return x, output
+
+
+def test_a_backward_tells_that_it_came_to_its_forward_and_changes_no_gradient():
+    _, handle = attached()
+    run = handle._run
+    made = [marked(run, rows) for rows in (3, 4, 5)]
+    told: list[int] = []
+    run.step.reached = lambda forward: told.append(forward.rows)
+    for number in (1, 2):
+        x, output = made[number]
+        (gradient,) = torch.autograd.grad((output * 3).sum(), x)
+        assert gradient.tolist() == [3.0] * x.numel()
+    assert told == [4, 5]
+
+
+def test_what_has_no_gradient_is_not_marked_and_leaves_it_to_the_next():
+    _, handle = attached()
+    run = handle._run
+    run.compiled = compiled.begin_forward(torch.ones(3), id(run), 2)
+    constant = torch.ones(3)
+    assert compiled.marked(run, constant) is constant
+    x = torch.ones(3, requires_grad=True)
+    assert compiled.marked(run, x) is not x
+    run.compiled = None
+    assert compiled.marked(run, x) is x
+
+
+def test_a_backward_after_its_step_or_its_run_is_over_tells_nobody():
+    model, handle = attached()
+    _, output = marked(handle._run, 3)
+    handle.advance()
+    output.sum().backward(retain_graph=True)
+    assert handle.state_dict()["forwards"] == []
+    del model, handle
     gc.collect()
-    assert not set(keys) & set(traced._runs)
+    output.sum().backward()
 
 
-def test_without_a_compiler_nothing_is_asked_of_it(monkeypatch):
-    """Where `torch._dynamo` was never imported there is nothing to forget, and it is not imported for that."""
-    asked = []
-
-    class Dynamo:
-        @staticmethod
-        def reset() -> None:
-            asked.append("reset")
-
-        @staticmethod
-        def disable(function):
-            asked.append("disable")
-            return function
-
-    monkeypatch.setattr(torch, "_dynamo", Dynamo)
-    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
-    assert not traced.may_be_compiled()
-    traced.forget_compiled()
-    assert traced.uncompiled(divmod, 7, 2) == (3, 1)
-    assert asked == []
-    monkeypatch.setitem(sys.modules, "torch._dynamo", Dynamo)
-    assert traced.may_be_compiled()
-    traced.forget_compiled()
-    assert traced.uncompiled(divmod, 7, 2) == (3, 1)
-    assert asked == ["reset", "disable"]
+def test_compiled_code_is_forgotten_where_there_may_be_some(monkeypatch):
+    """Where `torch._dynamo` was never imported there is none, and it is not imported for that."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: asked.append("reset"))
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch._dynamo")
+        compiled.forget_compiled()
+        assert asked == []
+    compiled.forget_compiled()
+    assert asked == ["reset"]

@@ -1,12 +1,9 @@
-"""`rdp.ranks` and `rdp.agreement` in one process: what ranks send, what they are answered, and when they ask at all."""
+"""What ranks send and are answered, and which of them share their rows."""
 
 from __future__ import annotations
 
 import copy
 import datetime
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -22,69 +19,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rdp
-from rdp.agreement import Agreement, ShadowHook
-from rdp.ranks import Ranks, check_sharding
+from internals.distributed.wire import Wire, lives
+from rdp.distributed.ranks import Ranks, check_sharding
 
 FACTS = {"the step": 3, "the seed": 0}
-
-
-class Wire:
-    """Takes the place of `torch.distributed`: what was sent is combined when the first of the ranks waits."""
-
-    def __init__(self) -> None:
-        self.groups: list[dict[str, Any]] = []
-        self.destroyed: list[Any] = []
-        self.sent: list[Tensor] = []
-        self.others: list[int] = []
-        """What other ranks call `highest` with."""
-
-    def new_group(self, ranks: list[int], timeout: Any, backend: str, use_local_synchronization: bool) -> str:
-        self.groups.append(
-            {"ranks": ranks, "timeout": timeout, "backend": backend, "by members": use_local_synchronization}
-        )
-        return f"group {len(self.groups)}"
-
-    def destroy_process_group(self, group: Any) -> None:
-        self.destroyed.append(group)
-
-    def all_reduce(self, tensor: Tensor, op: Any, group: Any, async_op: bool = False) -> Wire | None:
-        assert group in [f"group {number + 1}" for number in range(len(self.groups))]
-        assert tensor.device.type == "cpu"
-        if op == dist.ReduceOp.MAX:
-            assert not async_op
-            tensor.fill_(max([*self.others, int(tensor)]))
-            return None
-        assert op == dist.ReduceOp.BOR
-        assert async_op
-        assert tensor.dtype == torch.uint8
-        self.sent.append(tensor)
-        return self
-
-    def wait(self) -> None:
-        assert len({len(sent) for sent in self.sent}) <= 1, "ranks sent different numbers of bytes"
-        for sent in self.sent:
-            sent.copy_(functools.reduce(torch.bitwise_or, self.sent))
-
-
-@pytest.fixture
-def world() -> Iterator[None]:
-    """This process as rank 2 of 4, whose collectives reach nobody."""
-    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def wire(world: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    wire = Wire()
-    with monkeypatch.context() as patch:
-        for name in ("new_group", "destroy_process_group", "all_reduce"):
-            patch.setattr(dist, name, getattr(wire, name))
-        yield wire
-
-
-def lives(*flags: int) -> Tensor:
-    return torch.tensor(flags, dtype=torch.bool)
 
 
 # -- which process this is --------------------------------------------------------------------------------------------
@@ -162,9 +100,6 @@ def test_two_ranks_are_already_several(wire):
     ranks = Ranks(dist.distributed_c10d.new_group([2, 3]))
     ranks.connect()
     assert wire.groups[0]["ranks"] == [2, 3]
-    agreement = Agreement(ranks, lambda: FACTS)
-    agreement.forward_begins(lambda: lives(1))
-    assert agreement.several
 
 
 def test_they_ask_on_the_cpu_whatever_the_default_device(wire):
@@ -289,87 +224,6 @@ def test_the_highest_number(others, highest, wire):
     found = Ranks().highest(5)
     assert type(found) is int
     assert found == highest
-
-
-# -- when they ask ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `Join` tells those in its list, as far as it matters here."""
-
-    enable: bool
-    is_first_joinable: bool
-
-
-def test_a_process_alone_asks_nobody(monkeypatch):
-    monkeypatch.setattr(Ranks, "ask", None)
-    agreement = Agreement(Ranks(), lambda: FACTS)
-    assert not agreement.several
-    agreement.join_config = Config(enable=True, is_first_joinable=True)
-    agreement.forward_begins(lambda: lives(1))
-    agreement.settle(lives(1))
-    assert not agreement.several
-    assert agreement.live is None
-
-
-def test_ranks_ask_once_a_step(wire):
-    mine, other = Agreement(Ranks(), lambda: FACTS), Ranks()
-    assert mine.live is None
-    for config in (None, Config(enable=False, is_first_joinable=False), Config(enable=False, is_first_joinable=True)):
-        mine.join_config = config
-        mine.forward_begins(lambda: lives(1, 1, 1))
-        assert wire.sent == []
-    assert mine.several
-    other.ask(lives(0, 1, 0), FACTS)
-    mine.settle(lives(1, 0, 0))
-    assert mine.live.tolist() == [True, True, False]
-    mine.forget()
-    assert mine.live is None
-
-
-def test_under_join_they_ask_at_every_forward(wire):
-    mine, other = Agreement(Ranks(), lambda: FACTS), Ranks()
-    mine.join_config = Config(enable=True, is_first_joinable=False)
-    for own, others in ((lives(1, 0, 0, 0), lives(0, 1, 0, 0)), (lives(0, 0, 0, 0), None)):
-        mine.forward_begins(lambda own=own: own)
-        other.ask(others, FACTS)
-        wire.wait()
-        wire.sent.clear()
-    mine.settle(lives(1, 1, 1, 1))  # which is not asked any more
-    assert wire.sent == []
-    assert mine.live.tolist() == [True, True, False, False]
-    mine.forget()
-    mine.settle(lives(0, 0, 0, 1))
-    assert mine.live.tolist() == [False, False, False, True]
-
-
-def test_under_join_facts_are_compared_too(wire):
-    mine = Agreement(Ranks(), lambda: FACTS)
-    mine.join_config = Config(enable=True, is_first_joinable=False)
-    mine.forward_begins(lambda: lives(1))
-    Ranks().ask(lives(1), {"the step": 4, "the seed": 0})
-    with pytest.raises(rdp.RankError, match="disagree on the step"):
-        mine.settle(lives(1))
-
-
-def test_the_model_must_come_first_in_join(wire):
-    agreement = Agreement(Ranks(), lambda: FACTS)
-    agreement.join_config = Config(enable=True, is_first_joinable=True)
-    with pytest.raises(rdp.RankError) as error:
-        agreement.forward_begins(lambda: lives(1))
-    assert str(error.value) == "the handle is first in Join([...]); list the model first: Join([ddp_model, handle])"
-
-
-def test_a_rank_that_is_out_of_data_answers_and_catches_up(wire):
-    wire.others = [7]
-    skipped: list[int] = []
-    hook = ShadowHook(Agreement(Ranks(), lambda: FACTS), lambda: 4, skipped.append)
-    hook.main_hook()
-    assert [len(sent) for sent in wire.sent] == [2 * 2 * 4 + 1024]
-    assert not wire.sent[0].any()
-    hook.post_hook(is_last_joiner=False)
-    assert skipped == [7]
 
 
 # -- parameters that are split ----------------------------------------------------------------------------------------

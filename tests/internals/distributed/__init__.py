@@ -1,0 +1,1 @@
+"""Inner parts of `rdp.distributed`."""

@@ -1,0 +1,1 @@
+"""The core of a training run, module by module."""
