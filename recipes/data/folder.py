@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from data.class_folders import class_names, list_images
 from data.datasets import Split
 from data.errors import DataError
 
+# Nothing else is tried, whatever a file is called: PIL would start Ghostscript on EPS, which is a programming language.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 _FOLDERS = {"train": ("train",), "test": ("val", "test")}
+_RGB_CAN_BE_MADE_OF = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"))
 
 
 @dataclass(frozen=True)
@@ -34,36 +38,52 @@ def read_folder(data_dir: str | Path | None, split: Split) -> Folder:
     Raises:
         DataError: no such folder, fewer than two classes, a class without images, or other classes than in training.
     """
-    from torchvision.datasets import ImageFolder
-
     if data_dir is None:
         raise DataError("imagenet is read from a folder: say where it is with --data-dir")
     root = _split_folder(Path(data_dir), split)
     try:
-        images = ImageFolder(str(root))
+        classes = class_names(root)
+        files = list(list_images(root, classes))
+        if split == "test" and (Path(data_dir) / "train").is_dir():
+            _check_same_classes(root, classes, Path(data_dir) / "train")
     except OSError as error:
-        raise DataError(f"{root} is not a folder of class folders of images ({str(error).splitlines()[0]})") from error
-    if len(images.classes) < 2:
-        raise DataError(
-            f"{root} has {len(images.classes)} class ({images.classes[0]}); a classifier needs at least two"
-        )
-    if split == "test" and (Path(data_dir) / "train").is_dir():
-        _check_same_classes(root, images.classes, Path(data_dir) / "train")
-    return Folder([Path(path) for path, _ in images.samples], np.asarray(images.targets, np.int64), images.classes)
+        raise DataError(f"{root} cannot be listed ({error})") from error
+    empty = [name for name, images in zip(classes, files, strict=True) if not images]
+    if empty or not classes:
+        what = f"no image in {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}" if empty else "no folder in it"
+        raise DataError(f"{root} is not a folder of class folders of images ({what})")
+    if len(classes) < 2:
+        raise DataError(f"{root} has 1 class ({classes[0]}); a classifier needs at least two")
+    labels = np.repeat(np.arange(len(classes)), [len(images) for images in files])
+    return Folder([Path(path) for images in files for path in images], labels, classes)
 
 
 def read_image(path: Path) -> tuple[Image.Image, bytes]:
     """The image in a file, decoded in the colours that it is stored in, and the file's bytes.
 
+    As with torchvision and FFCV, an EXIF orientation turns nothing and of several frames the first counts. Of 16 bits a
+    value the upper 8 are kept, which PIL does for colours and not for gray.
+
     Raises:
-        DataError: it cannot be read, or is not a whole image.
+        DataError: it cannot be read, is not a whole image, or has pixels of which it is not known how to show them.
     """
     try:
         data = path.read_bytes()
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path} cannot be decoded (it is none of {', '.join(FORMATS)}); replace or remove it"
+        ) from error
+    except Exception as error:  # of a damaged file PIL raises anything, such as OverflowError
         raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in _RGB_CAN_BE_MADE_OF:
+        raise DataError(
+            f"{path} has pixels of PIL's mode {image.mode}, of which it is not known what is black and what is white; "
+            "convert it to gray or RGB of 8 or 16 bits, or remove it"
+        )
     return image, data
 
 
@@ -76,7 +96,7 @@ def _split_folder(data_dir: Path, split: Split) -> Path:
 
 
 def _check_same_classes(root: Path, classes: list[str], train: Path) -> None:
-    different = set(classes) ^ {path.name for path in train.iterdir() if path.is_dir()}
+    different = set(classes) ^ set(class_names(train))
     if different:
         raise DataError(
             f"{root} and {train} have different class folders ({', '.join(sorted(different)[:3])}); "
