@@ -1,6 +1,7 @@
 """FFCV's file format: what a `.beton` holds, and whether it is whole. Needs no FFCV.
 
 FFCV itself trusts a file: one cut short gives "negative dimensions" or, cut by its last bytes, silently wrong images.
+Files of our writer have a checksum of all but the images' bytes, where FFCV does not look (`beton_checksum`).
 
 Source: ffcv 1.0.2, `ffcv/types.py`, `ffcv/fields/`, `ffcv/writer.py`.
 
@@ -10,13 +11,16 @@ Source: ffcv 1.0.2, `ffcv/types.py`, `ffcv/fields/`, `ffcv/writer.py`.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.beton_checksum import LABEL, checksum, stored_checksum
 from data.errors import DataError
 
 VERSION = 2
@@ -26,10 +30,12 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type", "<u1"), ("name", "S16"), ("arguments", "V1024")])
 TABLE = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 INT_FIELD, RGB_FIELD, ARRAY_FIELD = 1, 2, 4
+KINDS = {0: "float", 1: "int", 2: "RGB image", 3: "bytes", 4: "array", 5: "JSON", 6: "tensor", 255: "custom"}
 RGB = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 JPEG, RAW = 0, 1
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 SMALLEST_PAGE = 1 << 21
+MOST_FIELDS = 64  # as many as anyone has; it bounds what is read of a damaged header
 _BYTE_ARRAY = json.dumps(np.dtype("u1").descr).encode()  # how FFCV writes the type of an array
 
 
@@ -77,7 +83,7 @@ def open_beton(path: str | Path) -> Beton:
     """Read and check everything but the images' bytes: header, fields, metadata, table, and every pointer.
 
     Raises:
-        DataError: the file is missing, cut short, damaged, or holds something else than images and labels.
+        DataError: the file is missing, cut short, damaged, or intact and of other fields than an image and a label.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,20 +100,24 @@ class _Checker:
 
     def beton(self) -> Beton:
         header = self._header()
-        fields = self._read(FIELD, 2, HEADER.itemsize)
+        fields = self._read(FIELD, int(header["fields"]), HEADER.itemsize)
         image_field, shape = self._fields(fields)
         metadata = self._read(metadata_type(image_field), int(header["samples"]), HEADER.itemsize + fields.nbytes)
         table = self._table(header, HEADER.itemsize + fields.nbytes + metadata.nbytes)
+        found = checksum(header, fields, metadata, table)
+        table = table[np.argsort(table["sample"], kind="stable")]
         image = metadata["image"]
         if shape is None:
             self._check_images(image, table)
             heights, widths = (image[side].astype(np.int64) for side in ("height", "width"))
         else:
             self._require(np.array_equal(image, table["pointer"]), "an image's pointer is not in the table")
-            self._require(bool((table["size"] == np.prod(shape)).all()), f"an image is not of shape {shape}")
+            self._require(bool((table["size"] == math.prod(shape)).all()), f"an image is not of shape {shape}")
             heights, widths = (np.full(len(table), side) for side in shape[-2:])
         labels = metadata["label"].astype(np.int64)
         self._require(int(labels.min()) >= 0, "a label is negative")
+        stored = stored_checksum(fields[LABEL])  # None: written by FFCV
+        self._require(stored in (None, found), "its checksum does not fit its header, labels and table")
         return Beton(self.path, labels, shape, heights, widths, table)
 
     def _header(self) -> np.void:
@@ -116,24 +126,31 @@ class _Checker:
         self._require(header["version"] == VERSION, f"its version is {header['version']}, not {VERSION}")
         self._require(page >= SMALLEST_PAGE and page & (page - 1) == 0, f"its page size is {page}")
         self._require(header["samples"] > 0, "it holds no samples")
-        self._require(header["fields"] == 2, f"it has {header['fields']} fields, not an image and a label")
+        self._require(0 < header["fields"] <= MOST_FIELDS, f"it has {header['fields']} fields")
         return header
 
     def _fields(self, fields: NDArray[np.void]) -> tuple[int, tuple[int, ...] | None]:
-        names = [name.decode(errors="replace") for name in fields["name"].tolist()]
-        self._require(names == ["image", "label"], f"its fields are {names}, not image and label")
-        image, label = fields["type"].tolist()
-        self._require(
-            image in (RGB_FIELD, ARRAY_FIELD) and label == INT_FIELD, f"its fields are of types {image} and {label}"
+        names, kinds = fields["name"].tolist(), fields["type"].tolist()
+        known = all(name.isascii() and name.decode().isprintable() and name for name in names) and set(kinds) <= set(
+            KINDS
         )
-        if image == RGB_FIELD:
-            return image, None
+        self._require(known, f"it has {len(fields)} fields, not all of a name and a type that FFCV has")
+        if names != [b"image", b"label"] or kinds not in ([RGB_FIELD, INT_FIELD], [ARRAY_FIELD, INT_FIELD]):
+            pairs = zip(names, kinds, strict=True)
+            self._is_foreign(
+                fields, "its fields are " + ", ".join(f"{name.decode()} ({KINDS[kind]})" for name, kind in pairs)
+            )
+        if kinds[0] == RGB_FIELD:
+            return RGB_FIELD, None
         described = fields["arguments"][0].tobytes()
         arguments = np.frombuffer(described[: ARRAY_ARGUMENTS.itemsize], ARRAY_ARGUMENTS)[0]
-        shape = tuple(arguments["shape"][arguments["shape"] > 0].tolist())
-        dtype = described[ARRAY_ARGUMENTS.itemsize :][: int(arguments["type_length"])]
-        self._require(len(shape) == 3 and dtype == _BYTE_ARRAY, "its images are not arrays of bytes, [C, H, W]")
-        return image, shape
+        sides = arguments["shape"].tolist()
+        shape = tuple(sides[: sides.index(0)]) if 0 in sides else tuple(sides)
+        self._require(any(shape) and not any(sides[len(shape) :]), f"its images are of shape {sides}")
+        element = described[ARRAY_ARGUMENTS.itemsize :][: int(arguments["type_length"])]
+        if len(shape) != 3 or element != _BYTE_ARRAY:
+            self._is_foreign(fields, f"its images are arrays of {len(shape)} dimensions and of type {element!r}")
+        return ARRAY_FIELD, shape
 
     def _table(self, header: np.void, data_start: int) -> NDArray[np.void]:
         samples, start, page = int(header["samples"]), int(header["table"]), int(header["page_size"])
@@ -141,8 +158,9 @@ class _Checker:
         rows, rest = divmod(self.size - start, TABLE.itemsize)
         self._require(rest == 0 and rows == samples, f"its table has {rows} whole rows for {samples} samples")
         table = self._read(TABLE, samples, start)
-        table = table[np.argsort(table["sample"], kind="stable")]
-        self._require(np.array_equal(table["sample"], np.arange(samples)), "its table does not have every sample once")
+        self._require(
+            np.array_equal(np.sort(table["sample"]), np.arange(samples)), "its table does not have every sample once"
+        )
         pointer, size = table["pointer"], table["size"]
         inside = (
             (pointer >= data_start) & (pointer <= start) & (size > 0) & (size <= start - np.minimum(pointer, start))
@@ -165,6 +183,13 @@ class _Checker:
         needed = offset + count * dtype.itemsize
         self._require(needed <= self.size, f"it ends after {self.size} bytes and needs more than {needed}")
         return np.fromfile(self.path, dtype, count, offset=offset)
+
+    def _is_foreign(self, fields: NDArray[np.void], found: str) -> NoReturn:
+        self._require(not any(stored_checksum(field) for field in fields), found)  # else it is ours, and was another
+        raise DataError(
+            f"{self.path} is a file of FFCV's that the recipes do not read: {found}; "
+            "they read image (RGB image, or array of bytes [C, H, W]) and label (int), named so and in this order"
+        )
 
     def _require(self, condition: bool | np.bool_, otherwise: str) -> None:
         if not condition:

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import beton
+from data.beton_checksum import checksum, store_checksum
 from data.datasets import Arrays
 from data.disk import sync_folder
 from data.errors import DataError
@@ -198,13 +199,14 @@ def _write(file: BinaryIO, source: Source, workers: int, page_size: int, progres
                 position += size
                 bar.update()
         position = _next_page(position, page_size)
+        header = np.array((beton.VERSION, len(fields), page_size, samples, position), beton.HEADER)
+        store_checksum(fields, checksum(header, fields, metadata, table))
         out.seek(position)
         out.write(table.tobytes())
         out.seek(beton.HEADER.itemsize)
         out.write(fields.tobytes() + metadata.tobytes())
         out.flush()
         os.fsync(out.fileno())
-        header = np.array((beton.VERSION, len(fields), page_size, samples, position), beton.HEADER)
         out.seek(0)
         out.write(header.tobytes())
         out.flush()

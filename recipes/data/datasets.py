@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.errors import DataError
 
 Split = Literal["train", "test"]
 MNIST10K = Path(__file__).with_name("mnist10k.npz")
+LARGEST_RATIO = 1032  # of deflate: two bits for 258 bytes (zlib's technical details)
 MNIST10K_TRAIN = 8500  # the other 1,500 are the test split; the file was shuffled once when it was made
 
 
@@ -118,32 +120,43 @@ def _read_digits(name: str, split: Split, data_dir: Path, download: bool) -> Arr
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(
-            f"{images_path} holds {_shape(images)} values and {labels_path} {_shape(labels)}; "
+            f"{images_path} holds {_times(images.shape)} values and {labels_path} {_times(labels.shape)}; "
             "expected as many labels as images"
         )
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_path} holds images of {_shape(images[0])} pixels; {name} has 28 x 28")
+        raise DataError(f"{images_path} holds images of {_times(images.shape[1:])} pixels; {name} has 28 x 28")
     if labels.max(initial=0) > 9 or len(np.unique(labels)) < 2:
         raise DataError(f"{labels_path} holds labels {np.unique(labels).tolist()}; {name} has 0 to 9")
     return Arrays(images[:, None], labels.astype(np.int64))
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an array of bytes from an IDX file, gzipped or not.
+    """Read an array of bytes from an IDX file, gzipped or not, and no more of it than its header promises.
 
     Source: the file format of the MNIST database (LeCun, Cortes and Burges 1998).
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # As many bytes as deflate can make of the file: what promises more lies, and nothing is allocated for it.
+        gzipped = path.suffix == ".gz"
+        most = path.stat().st_size * (LARGEST_RATIO if gzipped else 1)
+        with gzip.open(path) if gzipped else path.open("rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08" or not 1 <= start[3] <= 3:
+                raise DataError(f"{path} is not an IDX file of bytes; fetch it again")
+            sides = file.read(4 * start[3])
+            if len(sides) < 4 * start[3]:
+                raise DataError(f"{path} ends within its header; fetch it again")
+            shape = tuple(np.frombuffer(sides, ">u4").tolist())
+            promised = math.prod(shape)  # of Python's integers, which do not overflow
+            if not 0 < promised <= most:
+                raise DataError(f"{path} has a header of {_times(shape)} values, which it cannot hold; fetch it again")
+            values = file.read(promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({_sentence(error)}); fetch it again") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise DataError(f"{path} is not an IDX file of bytes; fetch it again")
-    start = 4 + 4 * data[3]
-    shape = np.frombuffer(data[4:start], ">u4").astype(int)
-    if len(data) - start != shape.prod():
-        raise DataError(f"{path} holds {len(data) - start} values where its header says {shape.prod()}; fetch it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+    if len(values) != promised:
+        found = len(values) if len(values) < promised else f"more than {promised}"
+        raise DataError(f"{path} holds {found} values where its header says {promised}; fetch it again")
+    return np.frombuffer(values, np.uint8).reshape(shape).copy()
 
 
 def _find(places: tuple[Path, ...], name: str) -> Path:
@@ -153,8 +166,8 @@ def _find(places: tuple[Path, ...], name: str) -> Path:
     raise DataError(f"{name}(.gz) is neither in {places[0]} nor in {places[1]}; add --download to fetch it")
 
 
-def _shape(array: NDArray[np.uint8]) -> str:
-    return " x ".join(map(str, array.shape))
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _sentence(error: BaseException) -> str:

@@ -38,8 +38,8 @@ def file(request):
     return request.getfixturevalue(request.param)
 
 
-def edit(path, tmp_path, change):
-    """A copy of the file in which `change(header, metadata, table)` has been at work."""
+def edit(path, tmp_path, change, ours=True):
+    """A copy of the file in which `change(header, metadata, table)` has been at work; not `ours`: as FFCV writes it."""
     data = bytearray(path.read_bytes())
     header = np.frombuffer(data, beton.HEADER, 1)
     kind = beton.ARRAY_FIELD if path.stem == "arrays" else beton.RGB_FIELD
@@ -47,6 +47,8 @@ def edit(path, tmp_path, change):
     start = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
     metadata = np.frombuffer(data, beton.metadata_type(kind), samples, start)
     change(header, metadata, np.frombuffer(data, beton.TABLE, samples, table_start))
+    if not ours:
+        data[start - 1024 : start] = bytes(1024)
     copy = tmp_path / path.name
     copy.write_bytes(data)
     return copy
@@ -105,6 +107,9 @@ def set_field(part, field, value):
         (set_field("header", "fields", 3), "it has 3 fields"),
         (set_field("header", "page_size", 12345), "its page size is 12345"),
         (set_field("header", "samples", 0), "it holds no samples"),
+        (set_field("header", "fields", 0), "it has 0 fields"),
+        (set_field("header", "fields", 65535), "it has 65535 fields"),
+        (set_field("metadata", "label", 3), "its checksum does not fit its header, labels and table"),
         (set_field("header", "samples", 2**60), "it ends after"),
         (set_field("header", "table", 2**50), "its table lies outside of the file"),
         (set_field("header", "table", 8), "its table lies outside of the file"),
@@ -119,6 +124,82 @@ def set_field(part, field, value):
 def test_damage_of_any_file(file, tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         beton.open_beton(edit(file, tmp_path, change))
+
+
+def keep(header, metadata, table):
+    pass
+
+
+def test_a_file_without_a_checksum_is_read(file, tmp_path):
+    theirs, ours = beton.open_beton(edit(file, tmp_path, keep, ours=False)), beton.open_beton(file)
+    assert theirs.labels.tolist() == ours.labels.tolist()
+    assert np.array_equal(theirs.table, ours.table)
+
+
+def test_ffcv_finds_the_label_where_it_looks(array_file, arrays):
+    """FFCV's reader in three lines: descriptions by type and name only, then metadata, then the table to the end."""
+    offset = beton.HEADER.itemsize + 2 * 1041
+    theirs = np.dtype([("", "<u8"), ("", "<i8")], align=True)
+    assert np.fromfile(array_file, theirs, SAMPLES, offset=offset)["f1"].tolist() == arrays.labels.tolist()
+    start = int(np.fromfile(array_file, beton.HEADER, 1)["table"][0])
+    assert len(np.fromfile(array_file, beton.TABLE, offset=start)) == SAMPLES
+
+
+@given(data=st.data())
+def test_any_changed_byte_outside_of_the_images_is_noticed(data, array_file, photograph_file):
+    path = data.draw(st.sampled_from([array_file, photograph_file]))
+    header = np.fromfile(path, beton.HEADER, 1)[0]
+    kind = beton.metadata_type(beton.ARRAY_FIELD if path == array_file else beton.RGB_FIELD)
+    metadata_end = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize + int(header["samples"]) * kind.itemsize
+    place = data.draw(st.integers(0, metadata_end - 1) | st.integers(int(header["table"]), path.stat().st_size - 1))
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ data.draw(st.integers(1, 255))]))
+        try:
+            with pytest.raises(DataError, match=r"^\S* is cut short or damaged: [^\n]*; write it again$"):
+                beton.open_beton(path)
+        finally:
+            file.seek(place)
+            file.write(byte)
+
+
+def describe(*fields):
+    described = np.zeros(len(fields), beton.FIELD)
+    for row, (name, kind) in zip(described, fields, strict=True):
+        row["name"], row["type"] = name, kind
+    return described.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([(b"label", 1), (b"image", 2)], r"its fields are label \(int\), image \(RGB image\)"),
+        ([(b"img", 2), (b"target", 1)], r"its fields are img \(RGB image\), target \(int\)"),
+        ([(b"image", 2), (b"label", 0)], r"its fields are image \(RGB image\), label \(float\)"),
+        (
+            [(b"image", 2), (b"label", 1), (b"caption", 5)],
+            r"its fields are image \(RGB image\), label \(int\), caption \(JSON\)",
+        ),
+        ([(b"covariate", 4)], r"its fields are covariate \(array\)"),
+    ],
+)
+def test_files_with_other_fields_are_named_as_such(tmp_path, fields, message):
+    header = np.array((beton.VERSION, len(fields), PAGE, 1, 1 << 20), beton.HEADER)
+    path = tmp_path / "foreign.beton"
+    path.write_bytes(header.tobytes() + describe(*fields) + bytes(5000))
+    with pytest.raises(
+        DataError, match=rf"^\S* is a file of FFCV's that the recipes do not read: {message}; they read"
+    ):
+        beton.open_beton(path)
+
+
+def test_arrays_of_another_type_are_named_as_such(array_file, tmp_path):
+    floats = edit(array_file, tmp_path, keep, ours=False)
+    floats.write_bytes(floats.read_bytes().replace(b"|u1", b"<f4", 1))
+    with pytest.raises(DataError, match=r"do not read: its images are arrays of 3 dimensions and of type b'.*<f4"):
+        beton.open_beton(floats)
 
 
 def move_image(header, metadata, table):
@@ -176,14 +257,17 @@ def test_damaged_photographs(photograph_file, tmp_path, change, message):
 
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
-    [(1, b"picture", "its fields are"), (0, b"\x03", "of types 3 and 1"), (17, b"\x08\x08", "not arrays of bytes")],
+    [
+        (0, b"\x09", "it has 2 fields, not all of a name and a type"),
+        (1, b"\xe9mage", "it has 2 fields, not all of a name and a type"),
+        (1, b"im`ge", r"damaged: its fields are im`ge \(array\), label \(int\)"),
+        (17, bytes(8), "its images are of shape"),
+    ],
 )
-def test_other_fields(array_file, tmp_path, offset, value, message):
+def test_damaged_fields(array_file, tmp_path, offset, value, message):
     data = bytearray(array_file.read_bytes())
     start = beton.HEADER.itemsize + offset
     data[start : start + len(value)] = value
-    if offset == 17:
-        data[start + 8 : start + 24] = bytes(16)  # a shape of one dimension
     other = tmp_path / "other.beton"
     other.write_bytes(data)
     with pytest.raises(DataError, match=message):

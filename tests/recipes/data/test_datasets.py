@@ -2,12 +2,16 @@
 
 import gzip
 import pickle
+import re
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from data import DataError
 from data.datasets import DATASETS, MNIST10K, find_dataset, read_arrays, read_idx
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def write_idx(path, array):
@@ -104,6 +108,68 @@ def test_idx_damaged(tmp_path, digits):
     plain.write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match="is not an IDX file"):
         read_idx(plain)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2**16, 2**16, 2**31), (2**32 - 1,), (2**31, 2**31, 4), (2**22, 2**21, 2**21), (0, 28, 28)],
+)
+def test_idx_dimensions_that_overflow_or_lie_allocate_nothing(tmp_path, shape, suffix):
+    path = tmp_path / f"images{suffix}"
+    data = b"\0\0\x08" + bytes([len(shape)]) + b"".join(side.to_bytes(4) for side in shape) + bytes(99)
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=rf"^{path} has a header of .* values, which it cannot hold; fetch it again$"
+        ):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzip_bomb_is_read_no_further_than_its_header_promises(tmp_path):
+    path = tmp_path / "images.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b"\0\0\x08\1" + (1000).to_bytes(4))
+        for _ in range(100):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"^{path} holds more than 1000 values where its header says 1000; fetch"):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 255)), max_size=4), cut=st.none() | st.integers(0, 40)
+)
+def test_any_damaged_idx_file_is_read_or_named(tmp_path_factory, suffix, changes, cut):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    write_idx(path, values)
+    data = bytearray(path.read_bytes())
+    for place, value in changes:
+        data[place % len(data)] = value
+    path.write_bytes(data[:cut])
+    result = read_or_error(path)
+    if isinstance(result, DataError):
+        assert re.fullmatch(rf"{path} .*; fetch it again", str(result))
+    else:
+        assert result.size == values.size
+        assert suffix == "" or np.array_equal(result, values)  # gzip has a checksum
+
+
+def read_or_error(path):
+    try:
+        return read_idx(path)
+    except DataError as error:
+        return error
 
 
 @pytest.mark.parametrize(
