@@ -98,8 +98,34 @@ def random_boxes(
     return np.where(fits.any(axis=1)[:, None], boxes, central).astype(np.int64)
 
 
-def central_boxes(heights: ArrayLike, widths: ArrayLike, share: float) -> NDArray[np.int64]:
-    """The central square of each image, `share` of its shorter side wide, as `random_boxes` returns boxes."""
-    full_h, full_w = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-    side = np.maximum(1, np.round(np.minimum(full_h, full_w) * share).astype(np.int64))
-    return np.stack([(full_h - side) // 2, (full_w - side) // 2, side, side], axis=1)
+def central_windows(heights: ArrayLike, widths: ArrayLike, share: float, resolution: int) -> NDArray[np.float64]:
+    """What torchvision's `Resize(resolution / share)` and `CenterCrop(resolution)` show of each image.
+
+    Args:
+        heights: of the images in pixels, `[N]`.
+        widths: of the images in pixels, `[N]`.
+        share: of the shorter side that is shown.
+        resolution: of the result; both steps round in its pixels, which moves the window by up to one of the image's.
+
+    Returns:
+        Top, left, height and width of each window in fractions of a pixel, `float64[N, 4]`.
+    """
+    sides = np.stack([np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1)
+    resized = int(resolution / share) * sides // sides.min(axis=1, keepdims=True)
+    scale = sides / resized
+    return np.concatenate([np.rint((resized - resolution) / 2) * scale, resolution * scale], axis=1)
+
+
+def central_boxes(heights: ArrayLike, widths: ArrayLike, share: float, resolution: int = 224) -> NDArray[np.int64]:
+    """The whole pixels nearest to the `central_windows`, as `random_boxes` returns boxes.
+
+    A box that is moved moves every pixel, and one that is too wide those at its edges: so the centre counts most.
+    """
+    full = np.stack([np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1)[..., None]
+    window = central_windows(heights, widths, share, resolution)
+    start, side = window[:, :2, None], window[:, 2:, None]
+    sides = np.clip(np.rint(side).astype(np.int64) + np.array([0, -1, 1]), 1, full)
+    starts = np.clip(np.rint(start + (side - sides) / 2).astype(np.int64), 0, full - sides)
+    moved, wider = starts + sides / 2 - (start + side / 2), sides - side
+    best = (moved**2 + wider**2 / 12).argmin(axis=-1, keepdims=True)  # the mean square of how far a pixel is moved
+    return np.concatenate([np.take_along_axis(each, best, -1)[..., 0] for each in (starts, sides)], axis=1)

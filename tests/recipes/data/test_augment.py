@@ -3,10 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 import torch
-from data.augment import DRAWS, TRIES, central_boxes, crop, flip_, random_boxes, uniforms
+from data.augment import DRAWS, TRIES, central_boxes, central_windows, crop, flip_, random_boxes, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
 seeds = st.integers(0, 2**32)
 epochs = st.integers(0, 10_000)
@@ -86,6 +88,41 @@ def test_boxes_lie_inside(seed, epoch, height, width):
         assert w >= 1
         assert top + h <= height
         assert left + w <= width
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (500, 334), (256, 256), (97, 1000), (30, 20), (1, 1)])
+@pytest.mark.parametrize("resolution", [224, 256, 64])
+def test_central_window_is_that_of_torchvision(size, resolution):
+    """Each pixel of this image is its own place, so that what torchvision's transforms return says where it was."""
+    width, height = size
+    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).double() + 0.5
+    transform = v2.Compose([v2.Resize(int(resolution / 0.875), antialias=True), v2.CenterCrop(resolution)])
+    shown = transform(places)
+    top, left, box_height, box_width = central_windows([height], [width], 0.875, resolution)[0]
+    for axis, (start, side) in enumerate([(top, box_height), (left, box_width)]):
+        line = shown[axis].mean(1 - axis)
+        expected = torch.from_numpy(start + (np.arange(resolution) + 0.5) / resolution * side)
+        inside = (expected > 3) & (expected < size[1 - axis] - 3)  # a place at the edge is the mean of fewer
+        torch.testing.assert_close(line[inside], expected[inside], atol=0.1, rtol=0)  # of a pixel
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([64, 160, 224, 256]))
+def test_central_box_is_the_nearest_of_whole_pixels(height, width, resolution):
+    window = central_windows([height], [width], 0.875, resolution)[0]
+    box = central_boxes([height], [width], 0.875, resolution)[0]
+    for axis, full in enumerate((height, width)):
+        start, side = window[axis], window[axis + 2]
+
+        def cost(first, pixels, start=start, side=side):
+            return (first + pixels / 2 - start - side / 2) ** 2 + (pixels - side) ** 2 / 12
+
+        near = [
+            cost(first, pixels)
+            for pixels in range(max(1, int(side) - 2), min(full, int(side) + 3) + 1)
+            for first in range(max(0, int(start) - 3), min(full - pixels, int(start) + 3) + 1)
+        ]
+        assert 0 <= box[axis] <= full - box[axis + 2]
+        assert cost(box[axis], box[axis + 2]) <= min(near) + 1e-9
 
 
 def test_central_box_is_224_of_256():
