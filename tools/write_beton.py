@@ -2,6 +2,7 @@
 
     python tools/write_beton.py mnist --data-dir data --download
     python tools/write_beton.py imagenet --data-dir /data/imagenet --max-resolution 500 --jpeg-share 0.5
+    python tools/write_beton.py imagenet --data-dir /data/imagenet --splits test --shorter-side 256 --jpeg-share 0
 
 Needs no FFCV. A file appears under its name only when it is whole, read back and on disk; a killed conversion leaves
 at most a `.partial` file, which the next one overwrites.
@@ -38,6 +39,9 @@ class Config:
     """let torchvision fetch mnist, fashion-mnist or cifar10 first"""
     max_resolution: int | None = None
     """imagenet: reduce larger images to this longest side in pixels; None: keep them"""
+    shorter_side: int | None = None
+    """imagenet: resize every image to this shorter side in pixels, as torchvision's Resize does; test images of 256, stored
+    raw, are then what a pretrained checkpoint expects"""
     jpeg_share: float = 1.0
     """imagenet: share of images stored as JPEG, the others as raw pixels: larger and faster; ffcv-imagenet uses 0.5"""
     quality: int = 90
@@ -55,7 +59,7 @@ def convert(config: Config) -> list[Path]:
         source: Source
         if config.dataset == "imagenet":
             folder = read_folder(config.data_dir, split)
-            source = FolderSource(folder, config.max_resolution, config.jpeg_share, config.quality)
+            source = FolderSource(folder, config.max_resolution, config.jpeg_share, config.quality, config.shorter_side)
         else:
             source = ArraySource(read_arrays(config.dataset, split, config.data_dir, config.download))
         path = (config.out or config.data_dir) / f"{config.dataset}-{split}.beton"

@@ -78,6 +78,7 @@ class FolderSource:
     Args:
         folder: the files.
         max_resolution: longest side in pixels that is stored; larger images are reduced. None: as they are.
+        shorter_side: in pixels of every stored image, as torchvision's `Resize` makes it. None: as it is.
         jpeg_share: of the images that are stored as JPEG, from 0 (all raw: largest, fastest to read) to 1.
         quality: of the JPEG encoding. A file that is RGB JPEG already and needs no reducing is kept byte for byte.
     """
@@ -86,16 +87,26 @@ class FolderSource:
     shape: tuple[int, ...] | None = None
 
     def __init__(
-        self, folder: Folder, max_resolution: int | None = None, jpeg_share: float = 1.0, quality: int = 90
+        self,
+        folder: Folder,
+        max_resolution: int | None = None,
+        jpeg_share: float = 1.0,
+        quality: int = 90,
+        shorter_side: int | None = None,
     ) -> None:
         if not 0 <= jpeg_share <= 1:
             raise ValueError(f"jpeg_share must be from 0 to 1, not {jpeg_share}")
         if max_resolution is not None and not 1 <= max_resolution <= LARGEST_SIDE:
             raise ValueError(f"max_resolution must be from 1 to {LARGEST_SIDE} pixels, not {max_resolution}")
+        if shorter_side is not None and not 1 <= shorter_side <= LARGEST_SIDE:
+            raise ValueError(f"shorter_side must be from 1 to {LARGEST_SIDE} pixels, not {shorter_side}")
+        if shorter_side is not None and max_resolution is not None:
+            raise ValueError("give either max_resolution or shorter_side: both decide the size")
         if not 1 <= quality <= 100:
             raise ValueError(f"quality must be from 1 to 100, not {quality}")
         self._folder = folder
         self._max_side = max_resolution or LARGEST_SIDE
+        self._shorter_side = shorter_side
         self._quality = quality
         self._as_jpeg = np.random.default_rng(0).permutation(len(folder)) < jpeg_share * len(folder)
 
@@ -105,12 +116,13 @@ class FolderSource:
     def __getitem__(self, index: int) -> Stored:
         path, label = self._folder.paths[index], int(self._folder.labels[index])
         image, data = read_image(path)
-        unchanged = max(image.size) <= self._max_side
         stored_format = image.format
+        size, resampling = self._size(image)
+        unchanged = size == image.size
+        if max(size) > LARGEST_SIDE:
+            raise DataError(f"{path} would have {size[0]} x {size[1]} pixels, and a side has at most {LARGEST_SIDE}")
         if not unchanged:
-            scale = self._max_side / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            image = image.convert("RGB").resize(size, Image.Resampling.BOX)  # BOX averages areas, as FFCV's writer does
+            image = image.convert("RGB").resize(size, resampling)
         if not self._as_jpeg[index]:
             pixels = image.convert("RGB")
             return Stored(pixels.tobytes(), label, pixels.height, pixels.width, beton.RAW)
@@ -119,6 +131,16 @@ class FolderSource:
             image.convert("RGB").save(buffer, "JPEG", quality=self._quality)
             data = buffer.getvalue()
         return Stored(data, label, image.height, image.width, beton.JPEG)
+
+    def _size(self, image: Image.Image) -> tuple[tuple[int, int], Image.Resampling]:
+        """The width and height to store, and how they are made."""
+        width, height = image.size
+        if self._shorter_side is not None:  # rounded and resampled as torchvision does
+            shorter = min(width, height)
+            size = (width * self._shorter_side // shorter, height * self._shorter_side // shorter)
+            return size, Image.Resampling.BILINEAR
+        scale = min(1.0, self._max_side / max(width, height))
+        return (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX  # as FFCV's writer
 
 
 def write_beton(

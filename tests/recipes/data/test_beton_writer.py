@@ -79,6 +79,14 @@ def test_raw_and_reduced_images(tmp_path, photographs):
         assert small_width / small_height == pytest.approx(width / height, rel=0.05)
 
 
+def test_a_side_that_the_format_cannot_hold(tmp_path):
+    path = tmp_path / "line.png"
+    Image.new("RGB", (300, 1)).save(path)
+    source = FolderSource(Folder([path], np.array([0]), ["a"]), shorter_side=256)
+    with pytest.raises(DataError, match=rf"{path} would have 76800 x 256 pixels, and a side has at most 65535"):
+        write_beton(tmp_path / "x.beton", source)
+
+
 @pytest.mark.parametrize(("mode", "file_format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")])
 def test_images_that_are_not_rgb_jpeg_become_it(tmp_path, mode, file_format):
     image = Image.new("RGB", (30, 20), (200, 30, 60)).convert(mode, palette=Image.Palette.ADAPTIVE)
@@ -143,6 +151,10 @@ def test_arguments_that_make_no_sense(tmp_path, arrays, photographs):
     for side in (0, -5, 65536):
         with pytest.raises(ValueError, match=f"max_resolution must be from 1 to 65535 pixels, not {side}"):
             FolderSource(read_folder(photographs, "train"), max_resolution=side)
+    with pytest.raises(ValueError, match="shorter_side must be from 1 to 65535 pixels, not 0"):
+        FolderSource(read_folder(photographs, "train"), shorter_side=0)
+    with pytest.raises(ValueError, match="give either max_resolution or shorter_side"):
+        FolderSource(read_folder(photographs, "train"), max_resolution=500, shorter_side=256)
     with pytest.raises(ValueError, match="quality must be from 1 to 100, not 0"):
         FolderSource(read_folder(photographs, "train"), quality=0)
 

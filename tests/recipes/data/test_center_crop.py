@@ -100,8 +100,29 @@ def test_boxes_resized_as_ffcv_does(validation, expected):
     assert better < 3 < 4 < worse
 
 
+@pytest.mark.parametrize(("jpeg_share", "most"), [(0, 0.0), (1, 5.0)])
+def test_files_of_the_shorter_side(validation, expected, tmp_path, jpeg_share, most):
+    """The box then has the size of the result: FFCV copies it (`test_a_box_of_the_output_size_is_cut_out_exactly`)."""
+    source = FolderSource(read_folder(validation, "test"), jpeg_share=jpeg_share, shorter_side=256)
+    file = write_beton(tmp_path / "imagenet-test.beton", source)
+    data, images = file.path.read_bytes(), []
+    boxes = central_boxes(file.heights, file.widths, 0.875)
+    assert (boxes[:, 2:] == 224).all()
+    for row, box, height, width in zip(file.table, boxes, file.heights, file.widths, strict=True):
+        stored = data[row["pointer"] :][: row["size"]]
+        pixels = np.asarray(Image.open(io.BytesIO(stored))) if jpeg_share else np.frombuffer(stored, np.uint8)
+        top, left = box[:2]
+        cut = pixels.reshape(height, width, 3)[top : top + 224, left : left + 224]
+        images.append(torch.tensor(cut).permute(2, 0, 1).float())
+    name = f"FFCV, --shorter-side 256 --jpeg-share {jpeg_share}"
+    assert differences(torch.stack(images), expected, name).mean() <= most
+
+
 @pytest.mark.ffcv
 @pytest.mark.timeout(300)
 def test_ffcv(validation, expected, tmp_path):
     write_beton(tmp_path / "imagenet-test.beton", FolderSource(read_folder(validation, "test")))
     assert differences(read(tmp_path, "ffcv"), expected, "FFCV").mean() < 3.5
+    source = FolderSource(read_folder(validation, "test"), jpeg_share=0, shorter_side=256)
+    write_beton(tmp_path / "imagenet-test.beton", source)
+    assert differences(read(tmp_path, "ffcv"), expected, "FFCV, --shorter-side 256, raw").mean() < 0.01

@@ -40,6 +40,10 @@ def test_photographs(tmp_path, photographs):
     assert file.labels.tolist() == read_folder(photographs, "train").labels.tolist()
     assert file.heights.max() <= 48
     assert [path.name for path in tmp_path.iterdir()] == ["imagenet-train.beton"]
+    options = ["--data-dir", str(photographs), "--out", str(tmp_path), "--shorter-side", "32", "--jpeg-share", "0"]
+    write_beton.main(["imagenet", *options, "--splits", "test"])
+    file = beton.open_beton(tmp_path / "imagenet-test.beton")
+    assert set(np.minimum(file.heights, file.widths).tolist()) == {32}
 
 
 @pytest.mark.parametrize(
