@@ -40,8 +40,8 @@ class Config:
     max_resolution: int | None = None
     """imagenet: reduce larger images to this longest side in pixels; None: keep them"""
     shorter_side: int | None = None
-    """imagenet: resize every image to this shorter side in pixels, as torchvision's Resize does; test images of 256, stored
-    raw, are then what a pretrained checkpoint expects"""
+    """imagenet: resize every image to this shorter side in pixels, as torchvision's Resize does; raw test images of 256
+    are what a pretrained checkpoint expects"""
     jpeg_share: float = 1.0
     """imagenet: share of images stored as JPEG, the others as raw pixels: larger and faster; ffcv-imagenet uses 0.5"""
     quality: int = 90

@@ -43,7 +43,7 @@ def list_images(root: Path, classes: list[str]) -> Iterator[list[str]]:
 
 def _images(top: str, elsewhere: set[str]) -> list[str]:
     """Image files under a folder, but for other folders whose real path is in `elsewhere`."""
-    found: list[tuple[str, str, str]] = []
+    found: dict[str, list[tuple[str, str]]] = {}  # of each folder: path and real path of the files
     listed: set[str] = set()
     pending = [top]
     while pending:
@@ -52,17 +52,19 @@ def _images(top: str, elsewhere: set[str]) -> list[str]:
         if real in listed or (real in elsewhere and folder != top):
             continue
         listed.add(real)
+        found[folder] = files = []
         with os.scandir(folder) as unordered:
-            entries = sorted(unordered, key=lambda entry: entry.name, reverse=True)
+            entries = sorted(unordered, key=lambda entry: entry.name)
+        pending.extend(entry.path for entry in reversed(entries) if entry.is_dir())
         for entry in entries:
-            if entry.is_dir():
-                pending.append(entry.path)
-            elif entry.name.lower().endswith(EXTENSIONS):
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
                 if not entry.is_file():  # reading a named pipe would wait forever
                     raise DataError(f"{entry.path} is no file (a link to nothing, or a pipe); remove it")
-                target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                found.append((folder, entry.name, target))
+                files.append(
+                    (entry.path, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}")
+                )
     first: dict[str, str] = {}
-    for folder, name, target in sorted(found):  # by folder as text, as torchvision does
-        first.setdefault(target, os.path.join(folder, name))
+    for folder in sorted(found):  # as text, as torchvision does
+        for path, target in found[folder]:
+            first.setdefault(target, path)
     return list(first.values())
