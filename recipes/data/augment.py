@@ -116,7 +116,7 @@ def central_windows(heights: ArrayLike, widths: ArrayLike, share: float, resolut
     return np.concatenate([np.rint((resized - resolution) / 2) * scale, resolution * scale], axis=1)
 
 
-def central_boxes(heights: ArrayLike, widths: ArrayLike, share: float, resolution: int = 224) -> NDArray[np.int64]:
+def central_boxes(heights: ArrayLike, widths: ArrayLike, share: float, resolution: int) -> NDArray[np.int64]:
     """The whole pixels nearest to the `central_windows`, as `random_boxes` returns boxes.
 
     A box that is moved moves every pixel, and one that is too wide those at its edges: so the centre counts most.

@@ -87,7 +87,8 @@ class FFCVLoader:
     def _decode(self, epoch: int, indices: Indices, buffers: Buffers) -> Tensor:
         boxes = None
         if self._beton.shape is None:
-            boxes = self._crop.boxes(epoch, indices, self._beton.heights[indices], self._beton.widths[indices])
+            heights, widths = self._beton.heights[indices], self._beton.widths[indices]
+            boxes = self._crop.boxes(epoch, indices, heights, widths, self._resolution(epoch))
         return self._pipeline.run(indices, boxes, buffers, pin=self._pixels.device.type == "cuda")
 
     def _finish(self, epoch: int, indices: Indices, batch: Future[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as v2
 
 from data.errors import DataError
 from data.folder import Folder, read_image
@@ -102,6 +100,5 @@ class _Images(Dataset[Tensor | DataError]):
 
     def _image(self, request: _Request, index: int) -> Tensor:
         stored, _ = read_image(self._paths[index])
-        image = v2.pil_to_tensor(stored if stored.mode == "RGB" else stored.convert("RGB"))
-        box = self._crop.boxes(request.epoch, np.array([index]), *([side] for side in image.shape[1:]))[0]
-        return v2.resized_crop(image, *box.tolist(), [request.resolution] * 2, antialias=True)
+        image = stored if stored.mode == "RGB" else stored.convert("RGB")
+        return self._crop.cut(image, request.epoch, int(index), request.resolution)

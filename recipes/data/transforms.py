@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as v2
 
 from data import augment
 
@@ -67,8 +69,20 @@ class Crop:
     share: float = 0.875
     seed: int = 0
 
-    def boxes(self, epoch: int, indices: NDArray[np.int64], heights: ArrayLike, widths: ArrayLike) -> NDArray[np.int64]:
+    def boxes(
+        self, epoch: int, indices: NDArray[np.int64], heights: ArrayLike, widths: ArrayLike, resolution: int
+    ) -> NDArray[np.int64]:
         """Top, left, height and width of the part to keep, `int64[N, 4]`."""
         if not self.random:
-            return augment.central_boxes(heights, widths, self.share)
+            return augment.central_boxes(heights, widths, self.share, resolution)
         return augment.random_boxes(augment.uniforms(self.seed, epoch, indices), heights, widths)
+
+    def cut(self, image: Image.Image, epoch: int, index: int, resolution: int) -> Tensor:
+        """The part of an RGB image, `uint8 Tensor[3, resolution, resolution]`; the centre is exactly torchvision's."""
+        width, height = image.size
+        if self.random:
+            box = self.boxes(epoch, np.array([index]), [height], [width], resolution)[0].tolist()
+            return v2.resized_crop(v2.pil_to_tensor(image), *box, [resolution] * 2, antialias=True)
+        top, left, rows, columns = augment.central_windows([height], [width], self.share, resolution)[0].tolist()
+        window = (left, top, min(left + columns, width), min(top + rows, height))  # a rounding error is outside
+        return v2.pil_to_tensor(image.resize((resolution,) * 2, Image.Resampling.BILINEAR, box=window))

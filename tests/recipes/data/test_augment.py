@@ -81,7 +81,7 @@ def explicit_box(draw, height, width):
 @given(seeds, epochs, st.integers(1, 500), st.integers(1, 500))
 def test_boxes_lie_inside(seed, epoch, height, width):
     draws = uniforms(seed, epoch, np.array([3]))
-    for top, left, h, w in (random_boxes(draws, [height], [width])[0], central_boxes([height], [width], 0.875)[0]):
+    for top, left, h, w in (random_boxes(draws, [height], [width])[0], central_boxes([height], [width], 0.875, 224)[0]):
         assert top >= 0
         assert left >= 0
         assert h >= 1
@@ -126,4 +126,4 @@ def test_central_box_is_the_nearest_of_whole_pixels(height, width, resolution):
 
 
 def test_central_box_is_224_of_256():
-    assert central_boxes([256, 256], [256, 500], 0.875).tolist() == [[16, 16, 224, 224], [16, 138, 224, 224]]
+    assert central_boxes([256, 256], [256, 500], 0.875, 224).tolist() == [[16, 16, 224, 224], [16, 138, 224, 224]]

@@ -107,9 +107,10 @@ def test_photographs_are_the_folder_loaders(betons, photographs, split, train):
         assert (ffcv.kind, folder.kind, ffcv.classes) == ("ffcv", "folder", 3)
         for (images, labels), (others, other_labels) in zip(ffcv.epoch(1), folder.epoch(1), strict=True):
             assert labels.tolist() == other_labels.tolist()
-            # The same boxes; OpenCV and torchvision resize a little differently, and half went through JPEG again.
+            # OpenCV and torchvision resize a little differently, and half went through JPEG again. FFCV's centre is
+            # that of whole pixels.
             difference = (images - others).abs().mean((1, 2, 3)) * 0.225 * 255
-            assert difference.max() < 4
+            assert difference.max() < (4 if train else 8)
 
 
 @pytest.mark.parametrize("jpeg_share", [0.0, 1.0])
@@ -119,13 +120,13 @@ def test_a_box_of_the_output_size_is_cut_out_exactly(tmp_path, photographs, jpeg
     pixels = Pixels((0.0,) * 3, (1 / 255,) * 3, CPU)
 
     class Window(Crop):
-        def boxes(self, epoch, indices, heights, widths):
+        def boxes(self, epoch, indices, heights, widths, resolution):
             return np.array([[index % 8, index % 5, 24, 24] for index in indices])
 
     sampler = Sampler(subset(len(file), None), 5, train=False)
-    with closing(FFCVLoader(file, sampler, pixels, Window(random=False), lambda _: 24, 3, 2)) as ffcv:
+    with closing(FFCVLoader(file, sampler, pixels, Window(random=True), lambda _: 24, 3, 2)) as ffcv:
         got = torch.cat([images for images, _ in ffcv.epoch(0)])
-    folder = FolderLoader(listed, sampler, pixels, Window(random=False), lambda _: 24, 0)
+    folder = FolderLoader(listed, sampler, pixels, Window(random=True), lambda _: 24, 0)
     expected = torch.cat([images for images, _ in folder.epoch(0)])
     difference = (got - expected).abs()
     if jpeg_share == 0:
