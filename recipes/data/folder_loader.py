@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.errors import DataError
 from data.folder import Folder, read_image
+from data.lifetime import die_with
 from data.sampling import Indices, Sampler
 from data.transforms import Crop, Pixels
 
@@ -27,10 +31,51 @@ class _Request:
     resolution: int
 
 
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and torchrun signal the whole process group; the main process still wants batches, to save and end."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def _begin_worker(worker: int) -> None:
+    """A worker ends with its main process and only with it.
+
+    Ctrl-C, schedulers and torchrun signal the whole process group; the main process still wants batches, to save and
+    end. It ends its workers by SIGKILL: they hold nothing that could be lost.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        die_with(parent.pid)
+
+
+def _end_workers(loader: DataLoader[Any]) -> None:
+    """Kill a loader's workers, in any state that they are in.
+
+    DataLoader's own way asks them to end, by a lock that one of them may hold as it dies (of memory, say), waits
+    seconds for each, and is left out when Python exits; and Python then waits for what ignores SIGTERM.
+    """
+    iterator: Any = loader._iterator
+    if iterator is None or iterator._shutdown:
+        return
+    iterator._shutdown = True  # so its own way is not taken any more
+    if iterator._worker_pids_set:  # so torch's SIGCHLD handler does not report them as lost
+        torch._C._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    if hasattr(iterator, "_pin_memory_thread"):
+        iterator._pin_memory_thread_done_event.set()
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
+
+
+def lost_worker(error: RuntimeError) -> DataError | None:
+    """What to say of an error if it is DataLoader's of a worker that was killed; it may be raised anywhere."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return DataError(
+        f"a worker process that reads images has ended ({str(error).partition('. ')[0]}), as when the system runs out "
+        "of memory and kills one: give fewer --workers, then go on with --resume"
+    )
 
 
 class FolderLoader:
@@ -53,7 +98,7 @@ class FolderLoader:
         self._resolution = resolution
         self._requests: list[_Request] = []
         # A request goes to a worker as one "index", so that workers live through all epochs and still know which it is.
-        self._loader: DataLoader[Any] | None = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Images(folder.paths, crop),
             sampler=self._requests,
             batch_size=None,
@@ -61,8 +106,12 @@ class FolderLoader:
             persistent_workers=workers > 0,
             pin_memory=pixels.device.type == "cuda",
             prefetch_factor=2 if workers > 0 else None,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # each epoch draws from it; from torch's own it would change a model's dropout
         )
+        self._loader: DataLoader[Any] | None = loader
+        self._end = weakref.finalize(self, _end_workers, loader)  # also when Python exits, before it waits for them
+        self.listing = _listing(folder)
         self.samples = len(sampler.indices)
         self.classes = len(folder.classes)
         self.channels = 3
@@ -84,7 +133,15 @@ class FolderLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self._end()
         self._loader = None
+
+
+def _listing(folder: Folder) -> str:
+    digest = blake2b(digest_size=16)
+    for path, label in zip(folder.paths, folder.labels.tolist(), strict=True):
+        digest.update(f"{folder.classes[label]}/{path.name}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 class _Images(Dataset[Tensor | DataError]):

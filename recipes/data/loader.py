@@ -40,6 +40,7 @@ class Loader(Protocol):
     samples: int  # in the whole split, all ranks together
     classes: int
     channels: int
+    listing: str  # digest of what is read: the names and classes of files, or the images, or the labels of a .beton
 
     def __len__(self) -> int:
         """Batches an epoch; the same number on every rank."""
@@ -62,7 +63,7 @@ class Loader(Protocol):
         ...
 
     def close(self) -> None:
-        """End worker threads and processes; the loader yields no more batches. Idempotent."""
+        """End worker threads and processes, whatever they do; the loader yields no more batches. Idempotent."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class MemoryLoader:
         self.samples = len(sampler.indices)
         self.classes = classes
         self.channels = arrays.images.shape[1]
+        digest = blake2b(arrays.labels.tobytes(), digest_size=16)
+        digest.update(arrays.images.data)
+        self.listing = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._sampler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from data import Loader, make_loader
+from data import Loader, lost_worker, make_loader
 
 from engine.config import Config
 from engine.launch import World
@@ -35,7 +35,7 @@ def open_loaders(
         The loaders of training and test images; they are closed when the context ends.
 
     Raises:
-        DataError: the data is missing, corrupt, or has too few classes.
+        DataError: the data is missing, corrupt, or has too few classes, or a process that reads it was killed.
     """
     train_data = make_loader(
         config.dataset,
@@ -71,4 +71,9 @@ def open_loaders(
             workers=config.workers,
         )
         with closing(test_data):
-            yield train_data, test_data
+            try:
+                yield train_data, test_data
+            except RuntimeError as error:
+                if lost := lost_worker(error):
+                    raise lost from error
+                raise
