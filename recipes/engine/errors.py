@@ -29,7 +29,7 @@ _OF_THE_MACHINE = {
     errno.ENAMETOOLONG,
     errno.EMFILE,
 }
-LAUNCHED = "RDP_RECIPES_LAUNCHED"  # set for the processes that `launch` started: it reports their errors, once
+LAUNCHED = "RDP_RECIPES_LAUNCHED"  # process number of `launch`, in what it started: it reports their errors, once
 
 
 class RunError(RuntimeError):

@@ -1,4 +1,6 @@
-"""When to write a checkpoint between epochs: every N minutes, and on SIGTERM and SIGINT before stopping.
+"""When to write a checkpoint between epochs: every N minutes, and on a signal before stopping.
+
+Ctrl-C is SIGINT; schedulers send SIGTERM, or SIGUSR1 some time before; a terminal that is closed sends SIGHUP.
 
 with Interrupts(minutes=10, world=world) as interrupts:
     for batch in batches:
@@ -15,6 +17,8 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from engine.launch import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Action(enum.IntEnum):
@@ -42,9 +46,10 @@ class Interrupts:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
-        """Take over SIGTERM and SIGINT: from now on they ask for a stop at the next batch."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._receive)
+        """Take over the signals: from now on they ask for a stop at the next batch."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell that put the run into the background
+                self._handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from data.lifetime import die_with
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args as torchrun_args
 from torch.distributed.run import run as torchrun
 
 from engine.config import Config
 from engine.errors import LAUNCHED, RunError
+
+_GIVEN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to each process
+_PEER_LOST = "another process of this run has ended"
 
 
 @dataclass(frozen=True)
@@ -74,24 +79,28 @@ def launch(config: Config) -> None:
         config: `devices` and `device` decide how many.
 
     Raises:
-        RunError: there are fewer devices than asked for, or they cannot share the batch equally.
+        RunError: there are fewer devices than asked for, or they cannot share the batch equally; or the environment is
+            not one that torchrun makes.
     """
     if "WORLD_SIZE" in os.environ:
-        config.micro_batch(int(os.environ["WORLD_SIZE"]))
+        config.micro_batch(_check_environment(config))
+        _die_with_launcher()
         return
     devices = _count(config)
     config.micro_batch(devices)
     if devices == 1:
         return
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
+    # torchrun passes on the other signals that ask for a stop; not in every version this one, which is Slurm's.
+    signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one sentence
     arguments = torchrun_args(["--standalone", f"--nproc-per-node={devices}", *sys.argv])
     try:
         torchrun(arguments)
     except ChildFailedError as failed:
-        _, failure = failed.get_first_failure()
-        print(f"error: {_sentence(failure.message, failure.exitcode)}", file=sys.stderr, flush=True)
-        raise SystemExit(max(1, failure.exitcode)) from None
+        first = min(failed.failures.values(), key=_lateness)
+        print(f"error: {_sentence(first.message, first.exitcode)}", file=sys.stderr, flush=True)
+        raise SystemExit(max(1, first.exitcode)) from None
     except SignalException as signalled:
         raise SystemExit(128 + int(signalled.sigval)) from None
     raise SystemExit(0)
@@ -106,6 +115,9 @@ def join(config: Config) -> Iterator[World]:
 
     Yields:
         This process's device, rank and the number of processes.
+
+    Raises:
+        RunError: another process ended.
     """
     kind = _kind(config)
     if "WORLD_SIZE" not in os.environ:
@@ -114,12 +126,17 @@ def join(config: Config) -> Iterator[World]:
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The CPU's half carries the few numbers that processes agree on without waiting for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     try:
+        # The CPU's half carries the few numbers that processes agree on without waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         yield World(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        # What killed the other is told by it, or by whoever started both.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RunError(f"{_PEER_LOST}; what was saved is untouched: go on with --resume") from error
+        raise
+    # Not after an error: it would wait for what the others do not send any more, and tell them before we have said why.
+    dist.destroy_process_group()
 
 
 def _kind(config: Config) -> str:
@@ -139,8 +156,56 @@ def _count(config: Config) -> int:
     return config.devices or visible
 
 
+def _check_environment(config: Config) -> int:
+    missing = [name for name in _GIVEN if not os.environ.get(name)]
+    if missing:
+        raise RunError(
+            f"WORLD_SIZE is set and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the run "
+            "with torchrun, or unset WORLD_SIZE"
+        )
+    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    for name, value in numbers.items():
+        if not (value.isascii() and value.isdigit()):
+            raise RunError(f"{name} must be a number, not {value!r}: start the run with torchrun, or unset WORLD_SIZE")
+    size, here = int(numbers["WORLD_SIZE"]), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if int(numbers["RANK"]) >= size:
+        raise RunError(f"RANK {numbers['RANK']} is not below WORLD_SIZE {size}: start the run with torchrun")
+    if config.devices not in (0, 1, size) and str(config.devices) != here:
+        raise RunError(
+            f"--devices {config.devices}, but torchrun has started {size} {'process' if size == 1 else 'processes'}: "
+            f"give torchrun --nproc-per-node {config.devices}, and leave --devices out"
+        )
+    return size
+
+
+def _die_with_launcher() -> None:
+    # Processes that train on alone keep the folder and the devices from the run that is to go on with --resume.
+    if LAUNCHED in os.environ:
+        die_with(int(os.environ[LAUNCHED]))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, of whom we know that it starts us from its main thread
+        die_with(os.getppid())
+
+
+def _lateness(failure: ProcessFailure) -> tuple[int, int]:
+    # Which failure is the cause of the others? All fall into one second, the unit of the times, so by their kind.
+    told = os.path.isfile(failure.error_file)
+    if failure.exitcode == -signal.SIGTERM:  # by torchrun, to whoever is left
+        kind = 3
+    elif told and _sentence(failure.message, failure.exitcode).startswith(_PEER_LOST):
+        kind = 2
+    else:
+        kind = 0 if told else 1
+    return kind, failure.timestamp
+
+
 def _sentence(message: object, exitcode: int) -> str:
-    # A worker's error file nests {"message": {"message": "RunError: ...", ...}}; a killed worker has plain text.
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        cause = ", as the system does when memory runs out" if -exitcode == signal.SIGKILL else ""
+        return f"a process of the run was killed ({name}{cause}); what was saved is untouched: go on with --resume"
+    # A worker's error file nests {"message": {"message": "RunError: ...", ...}}; others have plain text.
     while isinstance(message, dict) or (isinstance(message, str) and message.startswith("{")):
         message = json.loads(message) if isinstance(message, str) else message.get("message", "")
-    return str(message or f"a process ended with exit status {exitcode}").removeprefix("RunError: ")
+    if not message or str(message).startswith("To enable traceback"):  # torch's words: the traceback is there already
+        return f"a process ended with exit status {exitcode}"
+    return str(message).removeprefix("RunError: ")

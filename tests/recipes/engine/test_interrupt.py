@@ -6,12 +6,12 @@ import signal
 import pytest
 import torch
 from engine import World
-from engine.interrupt import Action, Interrupts
+from engine.interrupt import SIGNALS, Action, Interrupts
 
 ALONE = World(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_for_a_stop_and_is_given_back_afterwards(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Interrupts(10, ALONE) as interrupts:
@@ -31,3 +31,13 @@ def test_a_checkpoint_is_due_once_each_interval(monkeypatch: pytest.MonkeyPatch)
     for now in (0.0, 119.0, 120.0, 121.0, 239.0, 240.0):  # noqa: B007
         actions.append(interrupts.poll())
     assert actions == [Action.GO_ON, Action.GO_ON, Action.SAVE, Action.GO_ON, Action.GO_ON, Action.SAVE]
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts(10, ALONE) as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.poll() is Action.GO_ON
+    finally:
+        signal.signal(signal.SIGHUP, before)
