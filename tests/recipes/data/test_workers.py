@@ -84,11 +84,12 @@ def test_one_that_is_killed_is_named(photographs):
 
 # An uncaught exception whose traceback holds the iterator; and a parent that is killed.
 PROGRAM = """
-    import os, sys
+    import multiprocessing, os, sys
     sys.path.insert(0, {recipes!r})
     from data import make_loader
     loader = make_loader("imagenet", "train", train=True, data_dir={folder!r}, loader="torch", batch_size=2,
                          device="cpu", resolution=16, workers=2)
+    multiprocessing.set_start_method({method!r}, force=True)
     batches = loader.epoch(0)
     next(batches)
     print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
@@ -97,10 +98,16 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize(
-    ("end", "status"), [("raise KeyError(1)", 1), ("os.kill(os.getpid(), 9)", -9), ("sys.exit(3)", 3)]
+    ("end", "status", "method"),
+    [
+        ("raise KeyError(1)", 1, "fork"),
+        ("os.kill(os.getpid(), 9)", -9, "fork"),
+        ("os.kill(os.getpid(), 9)", -9, "forkserver"),
+        ("sys.exit(3)", 3, "fork"),
+    ],
 )
-def test_they_end_with_their_parent_however_it_ends(end, status, photographs):
-    program = textwrap.dedent(PROGRAM).format(recipes=str(RECIPES), folder=str(photographs), end=end)
+def test_they_end_with_their_parent_however_it_ends(end, status, method, photographs):
+    program = textwrap.dedent(PROGRAM).format(recipes=str(RECIPES), folder=str(photographs), end=end, method=method)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         try:
             workers = [int(pid) for pid in run.stdout.readline().split()]
