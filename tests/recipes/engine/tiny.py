@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from engine import Config, World, join, train
 from engine.checkpoint import load_latest
+from engine.lock import claim
 from torch import Tensor, nn
 
 CLASSES = 4
@@ -54,6 +55,7 @@ class TinyData:
     kind = "memory"
     classes = CLASSES
     channels = 1
+    listing = "stripes"
 
     def __init__(
         self, batches: int, batch_size: int, at: tuple[int, int] | None = None, do: Callable[[], None] = crash
@@ -130,3 +132,10 @@ def run_rank(rank: int, size: int, port: int, out: str, settings: dict[str, Any]
     at = (1, config.accumulate) if rank in cut else None
     with join(config) as world:
         train_tiny(config, at, do.get(cut.get(rank, ""), crash), world)
+
+
+def hold_folder(folder: str) -> None:
+    """Hold a folder until the process is killed."""
+    with claim(Path(folder)):
+        Path(folder, "held").touch()
+        signal.pause()
