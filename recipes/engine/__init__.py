@@ -8,15 +8,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from engine.config import Config, ConfigT, parse
-from engine.errors import RunError, explained
-from engine.folder import is_finished, seed_folder
-from engine.launch import World, join, launch
-from engine.loaders import open_loaders
-from engine.model import make_model
-from engine.ranges import Range
-from engine.rng import seed_all
-from engine.train import train
+from engine.start import interruptible
+
+with interruptible():
+    from engine.config import Config, ConfigT, parse
+    from engine.errors import RunError, explained
+    from engine.folder import is_finished, seed_folder
+    from engine.launch import World, join, launch
+    from engine.loaders import open_loaders
+    from engine.model import make_model
+    from engine.output import best_effort_output
+    from engine.ranges import Range
+    from engine.rng import seed_all
+    from engine.train import train
 
 __all__ = [
     "Config",
@@ -43,12 +47,12 @@ def main(configure: Callable[[list[str]], ConfigT], run: Callable[[ConfigT, int,
     Raises:
         SystemExit: with status 1 and one sentence if something is wrong that the user can put right.
     """
-    with explained():
+    with best_effort_output(), explained():
         config = configure(sys.argv[1:])
         launch(config)
         with join(config) as world:
             if world.is_first:
-                print(config.describe(), flush=True)
+                print(f"{config.describe()}\nreading the data", flush=True)
             for seed in range(config.seed, config.seed + config.seeds):
                 if world.highest(world.is_first and is_finished(config, seed)):
                     if world.is_first:

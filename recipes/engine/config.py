@@ -118,7 +118,7 @@ class Config:
     resume: bool = False
     """Go on with the run in the results folder, from its last good checkpoint; finished seeds are left alone."""
     checkpoint_minutes: Annotated[float, Range(above=0)] = 10.0
-    """Write a checkpoint this often, besides at the end of each epoch and on SIGTERM and SIGINT."""
+    """Write a checkpoint this often, besides at the end of each epoch and on SIGTERM, SIGINT, SIGHUP and SIGUSR1."""
     panels: Annotated[int, Range(0)] = 0
     """Draw TensorBoard pictures of feature reuse and masks every N steps, about a second each; 0: none."""
     progress: bool = True
@@ -172,6 +172,10 @@ class Config:
     def to_json(self) -> dict[str, object]:
         """The settings as plain values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    def identity(self) -> dict[str, object]:
+        """The settings that decide what is computed: what a checkpoint says of the run that it is of."""
+        return {name: value for name, value in self.to_json().items() if name not in FREE_ON_RESUME}
 
     def describe(self) -> str:
         """The settings, one a line."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine import checkpoint
 from engine.config import Config
 from engine.errors import RunError
 from engine.files import write_atomically
@@ -38,26 +39,21 @@ def is_finished(config: Config, seed: int) -> bool:
     """
     folder = seed_folder(config, seed)
     saved = folder / "config.json"
-    if not saved.exists():
+    if not saved.exists() and not checkpoint.find(folder / "checkpoints"):
         return False
     if not config.resume:
         raise RunError(f"{folder} already holds a run: go on with --resume, or choose another --out")
+    if not saved.exists():  # the checkpoints hold the settings too, and are compared before they are used
+        return False
     if changes := config.changes(read_json(saved)):
         raise RunError(f"{folder} was started with other settings, so --resume is refused: {'; '.join(changes)}")
-    return (folder / "result.json").exists()
+    result = folder / "result.json"
+    return result.exists() and bool(read_json(result))
 
 
 def begin(config: Config, seed: int) -> Path:
-    """Make the results folder and write down what will run, and on what.
-
-    Raises:
-        RunError: the folder cannot be made.
-    """
+    """Write down what will run, and on what, into the results folder, which must exist."""
     folder = seed_folder(config, seed)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the results folder {folder}: {error.strerror}; choose another --out") from error
     write_json(folder / "environment.json", environment())
     write_json(folder / "config.json", config.to_json())
     return folder
@@ -90,12 +86,15 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a file that `write_json` wrote.
 
     Raises:
-        RunError: it is not JSON.
+        RunError: it is not JSON, or something else than an object of it.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}): remove its folder and start again") from error
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON ({error}): remove it, and go on with --resume") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds {str(content)[:40]} and no settings: remove it, and go on with --resume")
+    return content
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

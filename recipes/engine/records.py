@@ -1,8 +1,13 @@
-"""What a run tells while it trains: a progress bar, one JSON line per epoch, and TensorBoard scalars and pictures."""
+"""What a run tells while it trains: a progress bar, one JSON line per epoch, and TensorBoard scalars and pictures.
+
+All of it is a copy of what the checkpoints hold: it is told after it is saved, and not being able to ends no run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -81,22 +86,31 @@ class Records:
         """Move the progress bar by the images of an optimizer step."""
         self._bar.update(images)
 
-    def epoch(self, epoch: int, epochs: int, step: int, numbers: dict[str, float]) -> None:
-        """Record an epoch.
+    def add(self, epoch: int, step: int, numbers: dict[str, float]) -> None:
+        """Take the numbers of an epoch into the history, which belongs into the checkpoint; nothing is told yet.
 
         Args:
             epoch: which one, from 0.
-            epochs: how many there are.
             step: optimizer steps done in the whole run.
             numbers: by name, such as "top1".
         """
         self.history.append({"epoch": epoch, "step": step, **numbers})
-        self._write_history()
-        if self.tensorboard is None:
+
+    def tell(self, epochs: int) -> None:
+        """Write and print the newest epoch of the history, once it is saved.
+
+        Args:
+            epochs: how many there are.
+        """
+        if self._folder is None:
             return
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
+        epoch, step, numbers = (newest := dict(self.history[-1])).pop("epoch"), newest.pop("step"), newest
+        self._write_history()
+        with self._spared():
+            if self.tensorboard is not None:
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.flush()
         self.say(
             f"epoch {epoch + 1}/{epochs}: loss {numbers['train_loss']:.4f}, test {numbers['test_loss']:.4f}, "
             f"top-1 {numbers['top1']:.2f} %, {numbers['images_per_second']:.0f} images/s"
@@ -114,11 +128,21 @@ class Records:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close the bar and TensorBoard's file."""
         self._bar.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        with self._spared():
+            if self.tensorboard is not None:
+                self.tensorboard.close()
 
     def _write_history(self) -> None:
         if self._folder is None:
             return
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_atomically(self._folder / "metrics.jsonl", lines.encode())
+        with self._spared():
+            write_atomically(self._folder / "metrics.jsonl", lines.encode())
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        # The checkpoint has it all, and it is written anew with the next epoch.
+        try:
+            yield
+        except OSError as error:
+            self.say(f"cannot write the records of {self._folder}: {error.strerror}; the run goes on")

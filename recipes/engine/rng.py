@@ -37,3 +37,21 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def check_rng_state(state: dict[str, Any]) -> None:
+    """Look whether `set_rng_state` can restore a state, without doing so.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        torch.Generator().set_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(state["cuda"])
+        version, internal, gauss = state["python"]
+        random.Random().setstate((version, tuple(internal), None if gauss is None else float(gauss)))
+        name, keys, *rest = state["numpy"]
+        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *rest))
+    except Exception as error:  # four libraries have as many ways of refusing
+        raise ValueError(f"its random state cannot be restored: {str(error) or type(error).__name__}") from error

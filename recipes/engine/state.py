@@ -20,7 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
 import rdp
 from engine.errors import RunError
 from engine.launch import World
-from engine.rng import get_rng_state, set_rng_state
+from engine.rng import check_rng_state, get_rng_state, set_rng_state
+from engine.validate import (
+    require,
+    require_count,
+    require_finite,
+    require_keys,
+    require_like,
+    require_optimizer,
+    try_optimizer,
+)
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -87,20 +96,61 @@ class TrainState:
             "seconds": self.seconds,
         }
 
+    def check(self, state: dict[str, Any], *, epochs: int, steps: int) -> None:
+        """Look at all of a checkpoint before anything is loaded; call it before the first step.
+
+        Args:
+            state: of `state_dict`, and whatever else.
+            epochs: of the whole run.
+            steps: optimizer steps in an epoch.
+
+        Raises:
+            ValueError: it is no state of this run; the message names what is wrong.
+            RunError: it was written by another number of processes, which would get other images and random numbers.
+        """
+        processes = state["processes"]
+        require(isinstance(processes, list) and len(processes) > 0, "processes", processes)
+        if len(processes) != self.world.size:
+            raise RunError(
+                f"the checkpoint is of {len(processes)} processes and this run has {self.world.size}: "
+                "resume on as many devices"
+            )
+        require_count(state["epoch"], epochs, "epoch")
+        require_count(state["step"], 0 if state["epoch"] == epochs else steps, "step")
+        for name in ("epoch_seconds", "seconds"):
+            require_finite(state[name], name, least=0)
+        require_like(state["model"], self.model.state_dict(), "model")
+        require_like(state["ema"], self.ema.state_dict() if self.ema else None, "ema")
+        require_like(state["scaler"], self.scaler.state_dict(), "scaler")
+        for name, value in state["scaler"].items():
+            require_finite(value, f"scaler.{name}", least=0 if name == "_growth_tracker" else 1e-30)
+        if self.sharded:
+            names: list[Any] = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            require_optimizer(state["optimizer"], self.optimizer, names)
+        else:
+            names = list(range(sum(len(group["params"]) for group in self.optimizer.param_groups)))
+            require_optimizer(state["optimizer"], self.optimizer, names)
+            try_optimizer(state["optimizer"], self.optimizer)
+        for rank, own in enumerate(processes):
+            require_keys(own, ("rng", "loss_sum", "handle", "parameters"), f"processes[{rank}]")
+            require_like(own["loss_sum"], torch.zeros((), dtype=torch.float64), f"processes[{rank}].loss_sum")
+            require_finite(float(own["loss_sum"]), f"processes[{rank}].loss_sum")
+            require((own["handle"] is None) == (self.handle is None), f"processes[{rank}].handle", own["handle"])
+        own = processes[self.world.rank]
+        require_keys(own["rng"], ("torch", "cuda", "python", "numpy"), "random state")
+        check_rng_state(own["rng"])
+        if self.handle:
+            try:
+                self.handle.load_state_dict(own["handle"])  # which checks all of it before it changes anything
+            except rdp.RdpError as error:
+                raise ValueError(str(error)) from error
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where the checkpoint was written.
 
         Args:
-            state: of `state_dict`; with FSDP only the first process's tensors are read.
-
-        Raises:
-            RunError: it was written by another number of processes, which would get other images and random numbers.
+            state: of `state_dict`, and checked; with FSDP only the first process's tensors are read.
         """
-        if len(state["processes"]) != self.world.size:
-            raise RunError(
-                f"the checkpoint is of {len(state['processes'])} processes and this run has {self.world.size}: "
-                "resume on as many devices"
-            )
         if self.sharded:
             set_model_state_dict(self.model, state["model"], options=_FROM_FIRST)
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=_FROM_FIRST)

@@ -21,11 +21,13 @@ from engine.config import Config
 from engine.cost import matched_epochs, relative_flops
 from engine.errors import RunError
 from engine.evaluate import evaluate
-from engine.folder import begin, seed_folder, write_json
+from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
+from engine.lock import Claim, claim
 from engine.model import attach, check_model, distribute, make_optimizer
 from engine.records import Records
+from engine.resume import describe_data, find_state
 from engine.rng import seed_all
 from engine.schedule import learning_rate
 from engine.state import TrainState
@@ -51,13 +53,35 @@ def train(
         The content of `result.json`.
 
     Raises:
-        RunError: the data has too few images or classes, the loss is not finite, or nothing can be written.
-        SystemExit: SIGTERM or SIGINT came; the run is saved.
+        RunError: the data has too few images or classes, the loss is not finite, or nothing can be written; another
+            process trains in the folder; or the run that it holds is another one, or on other data.
+        SystemExit: a signal came; the run is saved.
     """
     steps_per_epoch = len(train_data) // config.accumulate
     _check(train_data, test_data, steps_per_epoch, config)
+    with claim(seed_folder(config, seed)) if world.is_first else nullcontext() as claimed:
+        return _train(model, train_data, test_data, steps_per_epoch, config, seed, world, claimed)
+
+
+def _train(
+    model: nn.Module,
+    train_data: Loader,
+    test_data: Loader,
+    steps_per_epoch: int,
+    config: Config,
+    seed: int,
+    world: World,
+    claimed: Claim | None,
+) -> dict[str, Any]:
+    # Between looking at the folder and holding it, another process may have worked in it.
     folder = seed_folder(config, seed)
-    saved = checkpoint.load_latest(folder / "checkpoints") if config.resume else None
+    if world.is_first:
+        is_finished(config, seed)
+        print(
+            f"{train_data.samples} training and {test_data.samples} test images of {train_data.classes} classes "
+            f"({train_data.kind} loader); finding out what a step costs",
+            flush=True,
+        )
 
     # The model, what is attached to it, and its optimizer.
     device = world.device
@@ -83,6 +107,10 @@ def train(
     # Where the run stands.
     state = TrainState(model, inner, scaler, ema, handle, world, sharded=config.fsdp)
     state.loss_sum = state.loss_sum.to(device)
+    data = describe_data(train_data, test_data)
+    saved = None
+    if config.resume:
+        saved = find_state(folder / "checkpoints", state, config, data, epochs=epochs, steps=steps_per_epoch)
     if saved is not None:
         state.load_state_dict(saved)
     if world.is_first:
@@ -100,12 +128,14 @@ def train(
     if config.resume and saved is None:
         records.say(f"nothing to resume in {folder}: starting from the beginning")
     records.open_panels(handle, images[:PROBE])
+    records.say(f"training: epoch {state.epoch + 1} of {epochs}, {steps_per_epoch} steps each")
 
     def save() -> None:
         # Lest a run that diverged replaces the checkpoints that are still good.
         _require_finite("training", float(world.sum(state.loss_sum)), state.epoch)
-        content = state.state_dict() | {"history": records.history}
-        if world.is_first:
+        content = state.state_dict() | {"history": records.history, "config": config.identity(), "data": data}
+        if claimed is not None:
+            claimed.check()
             checkpoint.save(folder / "checkpoints", content, state.epoch, state.step)
 
     with records, Interrupts(config.checkpoint_minutes, world) as interrupts:
@@ -173,8 +203,9 @@ def train(
                 _require_finite("test", tested["test_loss"], epoch)
                 numbers |= {prefix + name: value for name, value in tested.items()}
             state.next_epoch()
-            records.epoch(epoch, epochs, state.epoch * steps_per_epoch, numbers)
+            records.add(epoch, state.epoch * steps_per_epoch, numbers)
             save()
+            records.tell(epochs)
 
     result = {
         **{name: getattr(config, name) for name in ("dataset", "model", "algorithm", "mode", "rate", "match")},

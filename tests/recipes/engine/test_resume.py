@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Config, RunError
+from engine import Config, RunError, records
 from engine.checkpoint import find
+from engine.records import Records
 
-from tests.recipes.engine.tiny import Crash, final_state, run_in_process, tiny_config, train_tiny
+from tests.recipes.engine.tiny import Crash, TinyData, final_state, run_in_process, tiny_config, train_tiny
 
 EACH_STEP = 1e-9  # minutes between checkpoints: one after every step
 
@@ -114,7 +115,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on_later(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         full.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(RunError, match="No space left on device; what was saved before is untouched"):
             train_tiny(cut)
     assert not list(cut.folder.rglob(".*.tmp"))
     assert final_state(cut)["epoch"] == 1
@@ -165,6 +166,75 @@ def newest(config: Config) -> str:
             return next((path.name for path in reversed(find(config.folder / "seed-0" / "checkpoints"))), "")
         except FileNotFoundError:  # the run has just removed an old one
             continue
+
+
+def test_what_is_told_of_an_epoch_is_saved_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    saved = []
+
+    def tell(records: Records, epochs: int) -> None:
+        saved.append(final_state(config)["history"])
+        assert saved[-1] == records.history
+
+    monkeypatch.setattr(Records, "tell", tell)
+    train_tiny(config)
+    assert [len(history) for history in saved] == [1, 2, 3]
+
+
+def test_records_that_cannot_be_written_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = tiny_config(tmp_path)
+    monkeypatch.setattr(records, "write_atomically", full)
+    result = train_tiny(config)
+    assert final_state(config)["history"][-1]["top1"] == result["top1"]
+    assert "No space left on device; the run goes on" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_removed_while_the_run_goes_on_is_one_sentence(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "out")
+    with pytest.raises(RunError, match=f"{config.folder}/seed-0 was removed or replaced while the run went on"):
+        train_tiny(config, at=(1, 0), do=lambda: shutil.rmtree(config.folder))
+    assert not config.folder.exists()
+
+
+def cut_run(out: Path, **settings: Any) -> Config:
+    config = tiny_config(out, **settings)
+    with pytest.raises(Crash):
+        train_tiny(config, at=(2, 0))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("listing", "dots", "training listing: stripes -> dots; test listing: stripes -> dots; give it back what"),
+        ("kind", "ffcv", "training loader: memory -> ffcv; test loader: memory -> ffcv; give it back what it had, or"),
+    ],
+)
+def test_other_data_is_refused_naming_it(
+    name: str, value: object, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cut_run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(TinyData, name, value)
+    with pytest.raises(RunError, match=f"seed-0 was started with other data, so --resume is refused: {sentence}"):
+        train_tiny(config)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_though_their_file_is_gone(tmp_path: Path) -> None:
+    config = cut_run(tmp_path)
+    (config.folder / "seed-0" / "config.json").unlink()
+    with pytest.raises(RunError, match=r"with other settings, so --resume is refused: lr: 0\.05 -> 0\.3$"):
+        train_tiny(tiny_config(tmp_path, lr=0.3))
+    with pytest.raises(RunError, match="already holds a run"):
+        train_tiny(config.replace(resume=False))
+    train_tiny(config)
+    assert (config.folder / "seed-0" / "config.json").exists()
 
 
 def test_a_run_that_diverges_keeps_the_checkpoints_before(tmp_path: Path) -> None:
