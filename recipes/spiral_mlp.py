@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import os
-import pickle
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +25,9 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds of importing needs no traceback
 
 import torch
 import tyro
@@ -217,10 +220,13 @@ def load_checkpoint(folder: Path, parts: dict[str, Any]) -> tuple[int, Snapshots
         return 0, {}
     try:
         state = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"{path} is damaged, remove it to start this algorithm again: {error}") from error
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(dict(state[name].items()))
+        if not (isinstance(state["epoch"], int) and state["epoch"] >= 0 and isinstance(state["snapshots"], dict)):
+            raise ValueError("it has no number of epochs or no snapshots")
+    except Exception as error:  # of as many kinds as there are parts
+        cause = str(error) or type(error).__name__
+        raise SystemExit(f"{path} is damaged, remove it to start this algorithm again: {cause}") from error
     return state["epoch"], state["snapshots"]
 
 
@@ -311,4 +317,6 @@ def main(args: Sequence[str] | None = None) -> dict[str, Result]:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -173,3 +173,15 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds a run already"):
         spiral_mlp.main(["--out", str(tmp_path), *TINY])
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "handle", "schedule", "epoch", "snapshots"])
+@pytest.mark.parametrize("value", [None, [], "text", ...])
+def test_a_checkpoint_of_other_content_is_named(part: str, value: object, tmp_path: Path) -> None:
+    config = spiral_mlp.configure([*TINY, "--algorithm", "rdp", "--epochs", "1"])
+    spiral_mlp.train("rdp", config, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != part} | ({} if value is ... else {part: value}), path)
+    with pytest.raises(SystemExit, match=f"{path} is damaged, remove it"):
+        spiral_mlp.train("rdp", config, tmp_path)
