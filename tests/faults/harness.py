@@ -202,7 +202,8 @@ def try_fault(fault: Fault, command: list[str], out: Path, data: Path, start_sec
 
 def _judge(fault: Fault, run: Run) -> list[str]:
     said, problems = run.said(), []
-    if "Traceback" in said or "Exception ignored" in said:
+    theirs = "torch.distributed.run" in fault.shell  # torchrun adds a traceback of its own to whatever was said
+    if ("Traceback" in said and not theirs) or "Exception ignored" in said:
         problems.append("TRACEBACK")
     if fault.told:
         sentences = [line for line in said.splitlines() if re.search(fault.told, line)]
