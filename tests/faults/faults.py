@@ -221,7 +221,7 @@ FAULTS: list[Fault] = [
     Fault("config.json gone", ONE, prepare=remove("config.json"), survives=True),
     Fault("other settings", ONE, "other settings.* optimizer: sgd -> adamw", 1, arguments=("--optimizer", "adamw")),
     Fault("an image removed", WORKERS, "other data.* training samples: 72 -> 71", 1, remove_an_image),
-    Fault("resumed on two processes", ONE, "the checkpoint is of 1 processes", 1, arguments=("--devices", "2")),
+    Fault("resumed on two processes", ONE, "other settings.* devices: 1 -> 2", 1, arguments=("--devices", "2")),
     Fault("lock of a run that was killed", ONE, prepare=write(".lock", '{"pid": 1}'), survives=True),
     Fault("newest checkpoint cut", ONE, "skipping the damaged", None, cut_newest, survives=True),
     Fault("all checkpoints cut", ONE, "error: all 2 checkpoints in .* are damaged", 1, cut_all),
