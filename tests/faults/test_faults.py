@@ -1,6 +1,6 @@
 """Faults of every kind, injected into the real commands: none hangs, none loses work, each says what can be put right.
 
-python -m pytest tests/faults -m slow -n 0 -s    # prints the table of docs/reliability.md; some minutes on two cores
+python -m pytest tests/faults -m faults -n 0 -s    # prints the table of docs/reliability.md; some minutes on two cores
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_run(name: str, root: Path) -> float:
     return seconds
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_no_fault_hangs_loses_work_or_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ThreadPoolExecutor(2) as two:
