@@ -242,7 +242,7 @@ class ResidualDropPath:
     def _skip_to(self, step: int) -> None:
         if step > self.step_count:
             # What others drew in DROP is not known, but forward k has draw k unless one was thrown away.
-            self._run.go_to(step)
+            self._run.go_to(step, {})
 
     @property
     def _join_config(self) -> Any:

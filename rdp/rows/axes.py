@@ -31,12 +31,6 @@ def first_coupled(model: nn.Module, pair: Inputs, single: Inputs, gates: Sequenc
     """The first module in whose output rows influence each other.
 
     There the error jumps; rounding errors grow slowly.
-
-    Args:
-        model: In eval mode.
-        pair: Inputs of two rows.
-        single: Inputs of the first of them.
-        gates: The outputs to look at, in forward order.
     """
     gates = [gate for gate in gates if gate.rows is not None]
     if not gates:

@@ -43,16 +43,7 @@ class Plan:
 def plan_rows(
     found: Discovery, single: Graph, model: nn.Module, pair: Inputs, allow_random: bool, allow_batch_norm: bool
 ) -> Plan:
-    """Find out which branches can be run on some of the rows.
-
-    Args:
-        found: In a forward of two rows.
-        single: The same forward of one row.
-        model: The model.
-        pair: The inputs of two rows.
-        allow_random: Accept branches that draw random numbers in training.
-        allow_batch_norm: Accept branches with batch normalisation.
-    """
+    """Find out which branches can be run on some of the rows, from a forward of `pair` and the same of one row."""
     programs: dict[str, Program] = {}
     dense: dict[str, str] = {}
     for candidate in found.accepted:

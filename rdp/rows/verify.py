@@ -33,11 +33,6 @@ def verify_programs(model: nn.Module, pair: Inputs, programs: Programs) -> dict[
     Branches of one kind are the same functions, called by modules of the same classes: the first stands for all. The
     forward ends when each kind has been seen, which in most models is soon.
 
-    Args:
-        model: In eval mode.
-        pair: Inputs of two rows.
-        programs: By name.
-
     Returns:
         By name, why a branch failed; empty if all are exact.
     """

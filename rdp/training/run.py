@@ -85,9 +85,9 @@ class Run:
         self.optimizers: list[Stepper] = []
         self.held: dict[str, Tensor] = {}
         self.several = False
-        self.go_to(0)
+        self.go_to(0, {})
 
-    def go_to(self, number: int, replay: tuple[Draw, ...] = (), forwards: Sequence[tuple[int, int]] = ()) -> None:
+    def go_to(self, number: int, replay: Mapping[int, Draw], forwards: Sequence[tuple[int, int]] = ()) -> None:
         """Go on at another step, or within it.
 
         Args:

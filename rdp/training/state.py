@@ -31,7 +31,7 @@ def save(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "step_count": run.step.number,
         "forwards": [list(pair) for pair in run.step.learnt()],
-        "replayed": [[draw.number, draw.rows] for draw in run.step.replay],
+        "replayed": [[draw.number, draw.rows] for draw in run.step.replay.values()],
         "ranks": run.agreement.ranks.size,
     }
 
@@ -45,11 +45,14 @@ def load(run: Run, state: dict[str, Any]) -> None:
     _check(run, state)
     number = state["step_count"]
     forwards = [(row[0], row[-1]) for row in state["forwards"]]
-    if "version" not in state and run.schedule.at(number)[0] is Phase.FREEZE:  # which numbered what was replayed
-        forwards = [(position, rows) for position, (_, rows) in enumerate(forwards)]
+    replay = {row[0]: Draw(*row) for row in state["replayed"]}
+    if "version" not in state:  # version 1, in which FREEZE took what DROP had drawn one after the other
+        replay = dict(enumerate(Draw(*row) for row in state["replayed"]))
+        if run.schedule.at(number)[0] is Phase.FREEZE:
+            forwards = [(position, rows) for position, (_, rows) in enumerate(forwards)]
     run.seed = state["seed"]
     run.expected = None if run.branches else (state["branches"], state["rates"])
-    run.go_to(number, tuple(Draw(*row) for row in state["replayed"]), forwards)
+    run.go_to(number, replay, forwards)
 
 
 def check_branches(run: Run, branches: Sequence[Branch]) -> None:

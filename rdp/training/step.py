@@ -10,7 +10,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +116,14 @@ class Step:
         agreed: Bool `Tensor[branches]`: those that are live on any rank; None before the ranks have agreed.
     """
 
-    def __init__(self, number: int, phase: Phase, cycle: int, probes: Probes, replay: tuple[Draw, ...] = ()) -> None:
+    def __init__(self, number: int, phase: Phase, cycle: int, probes: Probes, replay: Mapping[int, Draw]) -> None:
         self.number = number
         self.phase = phase
         self.cycle = cycle
         self.replay = replay
-        drawn = {draw.number: draw for draw in replay} if phase is Phase.FREEZE else {}
-        beyond = iter(sorted(drawn.keys() - set(range(len(drawn)))))
-        self.replayed = {place: drawn.get(place) or drawn[next(beyond)] for place in range(len(drawn))} | drawn
+        drawn = replay if phase is Phase.FREEZE else {}
+        late = iter(sorted(drawn.keys() - set(range(len(drawn)))))
+        self.replayed = {place: drawn.get(place) or drawn[next(late)] for place in range(len(drawn))} | {**drawn}
         self.forwards: list[Forward] = []
         self.settled: list[Forward] = []
         self.stepped: list[Optimizer] = []
@@ -185,12 +185,11 @@ class Step:
         """The position and the number of rows of each forward that counts."""
         return [(forward.position, forward.rows) for forward in self.counted()]
 
-    def draws(self) -> tuple[Draw, ...]:
-        """What the steps after this one replay."""
+    def draws(self) -> Mapping[int, Draw]:
+        """What the steps after this one replay, by position."""
         if self.phase is not Phase.DROP:
             return self.replay
-        by_position = {forward.position: forward.draw for forward in self.forwards if forward.used}
-        return tuple(by_position[position] for position in sorted(by_position))
+        return {f.draw.number: f.draw for f in sorted(self.forwards, key=lambda f: f.position) if f.used}
 
     def _changed(self, now: Gradients) -> bool:
         """Has something else than a backward changed or cleared the gradients, all of them?"""

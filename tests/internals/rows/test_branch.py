@@ -108,7 +108,7 @@ def test_a_module_that_is_called_in_another_way_gets_all_rows(freeze):
     forward = Forward([3, 0], freeze)
     h = forward.middle()
     (x, mask), kwargs = forward.second(h, table=None)
-    assert kwargs == {"table": None, "entries": len(h)}
+    assert kwargs == {"table": None, "entries": 2 * 5}, "as many as there are with all rows"
     assert mask is MASK
     torch.testing.assert_close(x[entries([3, 0])], h)
     assert x.shape == X.shape

@@ -240,9 +240,8 @@ def marked(run: Run, rows: int) -> tuple[Tensor, Tensor]:
     """An input of a forward of a compiled model, and the same so that its backward tells that it has come."""
     x = torch.ones(rows, requires_grad=True)
     run.compiled = compiled.begin_forward(x, id(run), 2)
-    output = compiled.marked(run, x)
+    output = compiled.marked(run, run.ends[0], x)
     assert output is not x
-    assert compiled.marked(run, x) is x, "once is enough"
     run.compiled = None
     return x, output
 
@@ -260,16 +259,16 @@ def test_a_backward_tells_that_it_came_to_its_forward_and_changes_no_gradient():
     assert told == [4, 5]
 
 
-def test_what_has_no_gradient_is_not_marked_and_leaves_it_to_the_next():
+def test_the_first_and_the_last_branch_are_marked_where_they_have_a_gradient():
     _, handle = attached()
     run = handle._run
     run.compiled = compiled.begin_forward(torch.ones(3), id(run), 2)
-    constant = torch.ones(3)
-    assert compiled.marked(run, constant) is constant
-    x = torch.ones(3, requires_grad=True)
-    assert compiled.marked(run, x) is not x
+    constant, x = torch.ones(3), torch.ones(3, requires_grad=True)
+    for branch in range(len(handle.branches)):
+        assert compiled.marked(run, branch, constant) is constant
+        assert (compiled.marked(run, branch, x) is not x) == (branch in (0, len(handle.branches) - 1))
     run.compiled = None
-    assert compiled.marked(run, x) is x
+    assert compiled.marked(run, 0, x) is x
 
 
 def test_a_backward_after_its_step_or_its_run_is_over_tells_nobody():

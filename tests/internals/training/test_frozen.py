@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from rdp import Phase
 from rdp.branches import Branch
-from rdp.training.frozen import Frozen, Probes, Slot, present, slots
+from rdp.training.frozen import Frozen, Probes, Slot, slots
 from rdp.training.step import Draw, Forward
+
+
+def present(places):
+    return [slot.holder.get(slot.key) for slot in places]
+
 
 # -- places -----------------------------------------------------------------------------------------------------------
 
@@ -114,13 +119,13 @@ def forward(*live: bool) -> Forward:
 
 def test_a_branch_is_live_in_a_step_if_it_is_so_in_one_of_its_forwards():
     frozen = Frozen(branches([0.5] * 3, [None] * 3), {})
-    live = frozen.live_in([forward(True, False, False), forward(False, False, True)])
+    live = frozen.live_in_any([f.live for f in (forward(True, False, False), forward(False, False, True))])
     assert live.tolist() == [True, False, True]
 
 
 def test_without_forwards_everything_learns():
     """Whatever moves then was not decided by a mask."""
-    live = Frozen(branches([0.5] * 2, [None] * 2), {}).live_in([])
+    live = Frozen(branches([0.5] * 2, [None] * 2), {}).live_in_any([])
     assert live.tolist() == [True, True]
     assert live.dtype == torch.bool
 
@@ -130,7 +135,7 @@ def test_what_learns_is_known_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         frozen = Frozen(branches([0.0, 0.5], [None, None]), {})
         assert frozen.live(masks, Phase.FREEZE).tolist() == [True, False]
-        assert frozen.live_in([]).tolist() == [True, True]
+        assert frozen.live_in_any([]).tolist() == [True, True]
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------

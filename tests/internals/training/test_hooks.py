@@ -84,7 +84,13 @@ class OnRows:
 
 
 def run(forward: Forward | None, may_leave_no_graph: bool = True) -> Any:
-    return SimpleNamespace(current_forward=lambda: forward, may_leave_no_graph=lambda: may_leave_no_graph)
+    """Stands for a run in which `forward` is running; of several ranks none leaves a branch out of the graph."""
+    return SimpleNamespace(
+        calls=SimpleNamespace(running=[forward]),
+        model=nn.Identity(),
+        options=SimpleNamespace(mode="row"),
+        several=not may_leave_no_graph,
+    )
 
 
 def forward(phase: Phase, rows: int, kept: int) -> Forward:

@@ -47,7 +47,7 @@ class Training:
 
     def __init__(self) -> None:
         self.calls = Calls()
-        self.step = Step(0, Phase.DROP, 0, Nothing())
+        self.step = Step(0, Phase.DROP, 0, Nothing(), {})
         self.answers: list[Forward | None] = []
 
     def ask(self) -> None:
@@ -96,7 +96,7 @@ def test_after_its_step_nothing_of_a_forward_is_recomputed():
     training = Training()
     _, x = training.forward()
     x.backward(retain_graph=True)
-    training.step = Step(1, Phase.FREEZE, 0, Nothing())
+    training.step = Step(1, Phase.FREEZE, 0, Nothing(), {})
     training.answers.clear()
     x.backward()
     training.ask()

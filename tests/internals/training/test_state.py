@@ -10,7 +10,6 @@ from laws.training import loss
 
 import rdp
 from rdp import Phase
-from rdp.training import state
 
 CASE = Case(BlockMLP, (("plain", "norm", "plain"),), rate=0.6, decay="constant", seed=2)
 
@@ -19,14 +18,14 @@ def test_what_ranks_must_have_in_common():
     model = CASE.model()
     handle = CASE.attach(model, seed=5, phases=(Phase.DROP, Phase.FREEZE, Phase.PLAIN), example_inputs=model.rows(2, 0))
     handle.advance()
-    assert state.facts(handle._run) == {
+    assert handle._run.facts() == {
         "the step": 1,
         "the branches": ["body.0.fc2", "body.1.fc2", "body.2.fc2"],
         "the rates": [0.6] * 3,
         "the seed": 5,
         "the phases, mode or sampling": ((Phase.DROP, Phase.FREEZE, Phase.PLAIN), "row", "bernoulli"),
     }
-    assert handle._run.agreement._facts() == state.facts(handle._run)
+    assert handle._run.agreement._facts() == handle._run.facts()
 
 
 def test_a_refused_state_leaves_the_very_step_and_its_graphs():

