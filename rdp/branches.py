@@ -45,6 +45,8 @@ class Branch:
         rate: Drop probability; 0 means that the branch is not gated at all.
         compute: "dense" runs all rows; "rows" runs only the rows that the step needs.
         gates: The module outputs that are masked; several where a branch ends in a concatenation.
+        idle: Why it does not train, "in eval mode" or "without gradients", if so when it was found; its rate is
+            0 then, and it takes no part in the rates of the others.
         inside: Index of the gated branch that encloses this one, or None.
         note: What a reader of the table should know, such as "ambiguous".
     """
@@ -59,6 +61,7 @@ class Branch:
     compute: str = "dense"
     gates: tuple[GatePoint, ...] = ()
     inside: int | None = None
+    idle: str = ""
     note: str = ""
 
 
@@ -79,7 +82,9 @@ class Refusal:
 def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...]) -> str:
     """The branches as text, a line each, and what was refused below them."""
     header = ("branch", "rate", "kind", "compute", "parameters", "note")
-    rows = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters)), b.note) for b in branches]
+    notes = [", ".join(filter(None, [b.idle and f"not gated: {b.idle}", b.note])) for b in branches]
+    columns = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters))) for b in branches]
+    rows = [(*cells, note) for cells, note in zip(columns, notes, strict=True)]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     lines += [f"not gated: {refusal}" for refusal in refused]

@@ -100,6 +100,8 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
             f"{_named(list(watch.moved))} moved although frozen in that step (first seen in step {steps[0]}): another "
             "optimizer, or code that writes to parameters"
         )
+    if watch.woken:
+        yield f"{_named(list(watch.woken))} did not train when it was found, so it has no rate, and trains plainly now"
     rows = run.masks.shape[1]
     if run.options.sampling == "fixed" and rows:
         never = [b.name for b in gated if int(b.rate * rows + 0.5) == 0]

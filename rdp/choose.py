@@ -81,6 +81,8 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
         BranchError: If none is left, or one cannot do what `options` ask.
     """
     by_row = options.mode == "row"
+    # A model that is in eval mode as a whole does not say which of its parts will train.
+    evaluated = {name for name, module in model.named_modules() if model.training and not module.training}
     with forwards.undisturbed(model):
         pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
         found, plan = None, Plan({}, {}, wrong=False)
@@ -101,6 +103,7 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
             replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates))
             for c, b in zip(found.accepted, found.branches(), strict=True)
         ]
+        located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
         # Branches that were verified are known to be independent.
         unsure = [gate for branch in located if branch.name not in plan.programs for gate in branch.gates]
         odd = first_coupled(model, pair, single, unsure) if by_row else None
@@ -118,8 +121,7 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
             f"the rows of a batch influence each other even in eval mode, first in `{odd}`: is the first axis of the "
             "input the batch? If not, use mode='batch'",
         )
-    rates = branch_rates([branch.depth for branch in branches], options.rate, options.decay)
-    rated = tuple(plan.noted(replace(branch, rate=rate)) for branch, rate in zip(branches, rates, strict=True))
+    rated = tuple(plan.noted(branch) for branch in _rated(branches, located, options))
     if options.scale_by_keep:
         unscalable = [b.name for b in rated if b.rate > 0 and any(gate.zero_only for gate in b.gates)]
         if unscalable:
@@ -128,6 +130,19 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
     return Choice(rated, refused, plan.programs)
+
+
+def _rated(branches: list[Branch], located: list[Branch], options: Options) -> list[Branch]:
+    """The branches with their rates, which those that do not train take no part in."""
+    idle = {b.depth for b in located if b.idle} - {b.depth for b in located if not b.idle}
+    depths = [b.depth - sum(depth < b.depth for depth in idle) for b in branches if not b.idle]
+    rates = iter(branch_rates(depths, options.rate, options.decay))
+    if not depths:
+        warn(
+            f"all {len(branches)} residual branches that were found are in eval mode or run without gradients, so "
+            "nothing is gated, and training is plain. Attach when they train"
+        )
+    return [b if b.idle else replace(b, rate=next(rates)) for b in branches]
 
 
 def _selected(model: nn.Module, options: Options, found: Discovery, branches: list[Branch]) -> list[Branch]:

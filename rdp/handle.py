@@ -222,8 +222,7 @@ class ResidualDropPath:
         installed: list[RemovableHandle] = []
         try:
             for index, branch in enumerate(choice.branches):
-                if branch.rate > 0:
-                    installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
+                installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
             self._run.found(choice.branches)
         except BaseException:  # all or nothing: with some of the hooks, the other branches would train plainly
             for hook in installed:

@@ -73,6 +73,7 @@ class Discovery:
                     depth=depths[group],
                     gates=_gate_points(candidate),
                     inside=around[0] if around else None,
+                    idle="" if _has_gradients(graph, candidate) else "without gradients",
                     note=", ".join(notes),
                 )
             )
@@ -122,6 +123,12 @@ def _owner(graph: Graph, candidate: Candidate) -> Call | None:
 def _block(graph: Graph, candidate: Candidate) -> str:
     owner = _owner(graph, candidate)
     return owner.name if owner is not None else ""
+
+
+def _has_gradients(graph: Graph, candidate: Candidate) -> bool:
+    """Is it added where gradients are on?"""
+    added = [value if total is None else total for total, value in _ends(candidate)]
+    return any(graph.values[value].has_gradients for value in added)
 
 
 def _ends(candidate: Candidate) -> list[tuple[int | None, int]]:

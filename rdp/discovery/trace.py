@@ -7,6 +7,7 @@ module that passes its input through makes none.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rdp import trees
+from rdp import frames, trees
 from rdp.discovery import ops
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,6 +76,8 @@ class Value:
     """Does it depend on the model's inputs? Biases, position embeddings and buffers do not."""
     owner: Call | None
     """The innermost module call that was running when it was made."""
+    has_gradients: bool = True
+    """Is it made outside of `torch.no_grad` and `torch.inference_mode`?"""
     parameter: str | None = None
     recipe: Recipe | None = None
     users: list[int] = field(default_factory=list)
@@ -99,6 +102,7 @@ class Trace(TorchFunctionMode):
         self.count: Counter[str] = Counter()
         self.dropouts: list[tuple[int, Call]] = []
         self._stack: list[Call] = []
+        self._gradients = [True]  # one for each of the model's own `no_grad` and `enable_grad` that are open
         self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
         # storage owner -> value of its last in-place write
         self._written: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
@@ -163,6 +167,8 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if name == "_set_grad_enabled":
+            self._switch_gradients()
         given = list(trees.tensors((args, kwargs)))
         inputs = [self._lookup(tensor) for tensor in given]
         if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
@@ -174,7 +180,7 @@ class Trace(TorchFunctionMode):
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
         for leaf, tensor in enumerate([*trees.tensors(output), *given]):
             known = self._known.get(tensor)
-            if known is not None and known[0] == tensor._version:
+            if known is not None and known[0] == _version(tensor):
                 continue  # passed through unwritten
             sources = () if name in ops.FRESH else tuple(inputs)
             index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if learned_token else None))
@@ -182,6 +188,21 @@ class Trace(TorchFunctionMode):
             if known is not None:
                 self._written[self._storage_owner(tensor)] = index
         return output
+
+    def _switch_gradients(self) -> None:
+        """The model enters or leaves a context; which one tell the frames, since the trace runs without gradients."""
+        callers = list(itertools.islice(frames.callers(), 1, 4))
+        for frame, caller in itertools.pairwise(callers):
+            context = frame.f_locals.get("self") if frame.f_code.co_name in ("__enter__", "__exit__") else None
+            # Others, as `set_grad_enabled(self.training)`, may depend on flags, which now are those of eval mode.
+            if isinstance(context, (torch.no_grad, torch.enable_grad)):
+                if frame.f_code.co_name == "__exit__":
+                    self._gradients = self._gradients[:-1] or [True]
+                elif frames.is_autograd_function(caller):
+                    self._gradients.append(self._gradients[-1])  # a checkpoint, which makes gradients later
+                else:
+                    self._gradients.append(isinstance(context, torch.enable_grad))
+                return
 
     def _recorded(self, value: Any) -> Any:
         """`value` with a `Ref` in the place of every tensor; a container that does not take these is kept."""
@@ -198,15 +219,16 @@ class Trace(TorchFunctionMode):
         shape, is_float = tuple(tensor.shape), tensor.is_floating_point()  # of a DTensor these are traced themselves
         index = len(self.values)
         owner = self._stack[-1] if self._stack else None
-        self.values.append(Value(index, op, inputs, shape, is_float, is_data, owner, name))
+        gradients = self._gradients[-1] and not torch.is_inference_mode_enabled()
+        self.values.append(Value(index, op, inputs, shape, is_float, is_data, owner, gradients, name))
         for i in inputs:
             self.values[i].users.append(index)
         return index
 
     def _bind(self, tensor: Tensor, index: int) -> int:
-        self._known[tensor] = (tensor._version, index)
+        self._known[tensor] = (_version(tensor), index)
         if (local := _local(tensor)) is not None:
-            self._known.setdefault(local, (local._version, index))
+            self._known.setdefault(local, (_version(local), index))
         return index
 
     def _lookup(self, tensor: Tensor) -> int:
@@ -216,7 +238,7 @@ class Trace(TorchFunctionMode):
         if known is None:
             return self._bind(tensor, self._new("leaf", (), tensor, is_data=False, name=self._names.get(id(tensor))))
         version, index = known
-        if version == tensor._version:
+        if version == _version(tensor):
             return index
         written = self._written.get(self._storage_owner(tensor))  # changed through an alias
         return self._bind(tensor, self._new("alias", (index,) if written is None else (index, written), tensor))
@@ -235,3 +257,8 @@ class Trace(TorchFunctionMode):
 def _local(tensor: Tensor) -> Tensor | None:
     """This rank's part of a `DTensor`. The conversions from and to it are autograd functions, which no trace sees."""
     return getattr(tensor, "_local_tensor", None)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; those made in inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version

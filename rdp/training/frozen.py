@@ -6,7 +6,7 @@ branches only, and none of them is live.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +61,17 @@ class Frozen:
         nested = [(i, branch.inside) for i, branch in enumerate(branches) if branch.inside is not None]
         self._nested = sorted(nested, key=lambda pair: depth(pair[0]))
 
-    def live(self, masks: Tensor, phase: Phase) -> Tensor:
+    def live(self, masks: Tensor, phase: Phase, plain: Collection[int] = ()) -> Tensor:
         """Which branches have a row that learns, bool `Tensor[branches]`.
 
         Args:
             masks: Of a forward, bool `Tensor[branches, rows]`.
             phase: Its phase.
+            plain: The branches that are not gated in it.
         """
         learning = (~masks if phase is Phase.FREEZE else masks) | self._ungated[:, None]
+        for branch in plain:
+            learning[branch] = True
         for inner, outer in self._nested:
             learning[inner] &= learning[outer]
         return learning.any(1)

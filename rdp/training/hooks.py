@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rdp import trees
+from rdp import frames, trees
 from rdp.branches import Branch, GatePoint
 from rdp.copies import Hook
 from rdp.errors import ForwardError
@@ -34,7 +34,7 @@ def install_on_model(run: Run) -> Iterator[RemovableHandle]:
 
 
 def install(run: Run, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
-    """Hook a branch.
+    """Hook a branch; one of rate 0 is not gated.
 
     Args:
         run: That of the model.
@@ -43,6 +43,10 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
         program: The same, if it is to run on some of the rows.
     """
     model = run.model
+    if branch.rate == 0:
+        for point in branch.gates if branch.idle else ():
+            yield model.get_submodule(point.module).register_forward_hook(IdleHook(run, index))
+        return
     on_rows = BranchOnRows(model, program) if program is not None else None
     if program is not None and on_rows is not None:
         entry = model.get_submodule(program.entry)
@@ -91,7 +95,7 @@ class EntryHook(RunHook):
             return None
         self.on_rows.passing = None  # what an interrupted forward has left behind
         forward = current_forward(self.run)
-        if forward is None or forward.phase is Phase.PLAIN:
+        if forward is None or forward.phase is Phase.PLAIN or is_plain(forward, self.branch):
             return None
         freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
         kept, rows = forward.kept[self.branch], forward.rows
@@ -152,6 +156,9 @@ class GateHook(RunHook):
         if forward.phase not in run.gated_phases:
             return None
         run.watch.reached.add(self.branch)
+        entered = on_rows is not None and on_rows.passing is not None
+        if not entered and is_plain(forward, self.branch):
+            return None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         if run.options.mode == "row" and hasattr(x, "_local_tensor"):
             raise ForwardError(
@@ -159,7 +166,7 @@ class GateHook(RunHook):
                 "parallelize_module and let the module return a local tensor (use_local_output=True), or use "
                 "mode='batch'"
             )
-        if on_rows is not None and on_rows.passing is not None:
+        if on_rows is not None and entered:
             others = on_rows.replay()[on_rows.program.result] if forward.phase is Phase.FREEZE else x
             kept, lost = gates.undropped(forward.phase, x, None, self.keep_prob), gates.dropped(forward.phase, others)
             gated = on_rows.leave(kept, lost)
@@ -180,11 +187,34 @@ class GateHook(RunHook):
         run, phase, output = self.run, self.run.step.phase, given[-1]
         if run.compiled is None or phase not in run.gated_phases:
             return None
+        if not torch.is_grad_enabled() or not run.blocks[self.branch].training:
+            return None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         source = next(trees.tensors(given)) if self.point.of_block else None
         x = compiled.marked(run, self.branch, x)
         keep = gates.broadcast_rows(run.compiled[0][self.branch].to(x.device, non_blocking=True), x, self.point)
         return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, self.keep_prob))
+
+
+class IdleHook(RunHook):
+    """Forward hook of a branch that did not train when it was found: tells should it begin to."""
+
+    def __init__(self, run: Run, branch: int) -> None:
+        super().__init__(run, self.look)
+        self.branch = branch
+
+    def look(self, module: nn.Module, *given: Any) -> None:
+        """Does it train now?"""
+        run = self.run
+        if torch.is_grad_enabled() and run.blocks[self.branch].training and current_forward(run) is not None:
+            run.watch.wakes(run.branches[self.branch])
+
+
+def is_plain(forward: Forward, branch: int) -> bool:
+    """Is the block of this branch in eval mode, or does it run without gradients, and not for a checkpoint?"""
+    if branch in forward.plain:
+        return True
+    return not torch.is_grad_enabled() and not any(map(frames.is_autograd_function, frames.callers()))
 
 
 def current_forward(run: Run) -> Forward | None:

@@ -49,6 +49,7 @@ class Run:
 
     Attributes:
         branches: In forward order; empty until they have been found.
+        blocks: The modules that add them.
         expected: Names and rates of the branches that a state has which was loaded before they were known.
         ends: The first and the last of them that are gated.
         seed: Of the masks.
@@ -71,6 +72,7 @@ class Run:
         self.schedule = Schedule(options.phases)
         self.gated_phases = (Phase.DROP, Phase.FREEZE) if options.freeze == "output" else (Phase.DROP,)
         self.branches: tuple[Branch, ...] = ()
+        self.blocks: list[nn.Module] = []
         self.expected: tuple[list[str], list[float]] | None = None
         self.ends: tuple[int, ...] = ()
         self.seed = options.seed
@@ -106,6 +108,7 @@ class Run:
         places = slots(self.model)
         self.frozen = Frozen(branches, places)
         self.branches, self.expected = branches, None
+        self.blocks = [self.model.get_submodule(branch.block) for branch in branches]
         gated = [index for index, branch in enumerate(branches) if branch.rate > 0]
         self.ends = (*gated[:1], *gated[-1:])
         self.probes.choose(self.model, branches, self.held)
@@ -198,7 +201,11 @@ class Run:
                 rank=self.agreement.ranks.rank if self.several else 0,
                 fixed_among=draw.rows if options.sampling == "fixed" else None,
             )
-        forward = Forward(step.phase, position, draw, self.masks, self.frozen.live(self.masks, step.phase))
+        plain = [branch for branch, block in enumerate(self.blocks) if not block.training]
+        for branch in plain:
+            self.masks[branch] = True
+        live = self.frozen.live(self.masks, step.phase, plain)
+        forward = Forward(step.phase, position, draw, self.masks, live, plain)
         step.forwards.append(forward)
         return forward
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Forward:
         draw: Which masks it has.
         masks: Bool `Tensor[branches, rows]` on the CPU; `True` is undropped.
         live: Bool `Tensor[branches]`: has a row that learns through the branch.
+        plain: The branches whose blocks are in eval mode now.
 
     Attributes:
         rows: The number of rows of the batch.
@@ -57,12 +58,15 @@ class Forward:
         nodes: The numbers of the autograd nodes that it made, from the first up to, without, the second.
     """
 
-    def __init__(self, phase: Phase, position: int, draw: Draw, masks: Tensor, live: Tensor) -> None:
+    def __init__(
+        self, phase: Phase, position: int, draw: Draw, masks: Tensor, live: Tensor, plain: Collection[int] = ()
+    ) -> None:
         self.phase = phase
         self.position = position
         self.draw = draw
         self.masks = masks
         self.live = live
+        self.plain = plain
         self.rows = masks.shape[1]
         self.kept: list[int] = masks.sum(1).tolist()
         self.question: Question | None = None

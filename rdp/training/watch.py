@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from rdp.branches import Branch
 from rdp.errors import warn
 from rdp.phases import Phase
 from rdp.training.frozen import Slot
@@ -29,6 +30,8 @@ class Watch:
         """Names of the parameters that there were when the branches were found."""
         self.moved: dict[str, int] = {}
         """Names of parameters that moved although they were frozen, with the number of the step."""
+        self.woken: dict[str, Branch] = {}
+        """By name, branches that train, but did not when they were found."""
         self.warned: set[str] = set()
         self._watched: list[Slot] = []
         self._versions: list[int | None] | None = None  # None for a parameter that is not there any more
@@ -87,6 +90,16 @@ class Watch:
             "stray",
             f"branch `{branch}` ran outside of a forward of the attached model, so it is trained plainly. Call the "
             f"{type(self.model).__name__} itself, not its parts, or attach to the part that is called",
+        )
+
+    def wakes(self, branch: Branch) -> None:
+        """A branch trains that did not when it was found."""
+        self.woken.setdefault(branch.name, branch)
+        self.warn(
+            "woken",
+            f"branch `{branch.name}` trains now, but was {branch.idle} when it was found, so it has no rate and is "
+            "trained plainly, and so are others if handle.check() names them. Call handle.remove() and attach again, "
+            "with everything in train mode that will train",
         )
 
     def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
