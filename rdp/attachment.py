@@ -33,6 +33,7 @@ def attach(
     native: Native = "error",
     compute: Compute = "auto",
     seed: int = 0,
+    verify: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> ResidualDropPath:
     """Train `model` with Residual DropPath: find its residual branches and gate them by forward hooks.
@@ -73,6 +74,10 @@ def attach(
             running statistics those of undropped rows; a branch that is dropped for all rows is skipped. "dense"
             always runs all rows.
         seed: Of the masks, which are independent of the global RNG.
+        verify: When the branches are found, prove on two rows of the input that the gates do what they should: the
+            output of FREEZE is the plain one, what is frozen gets no gradient, and rows do not influence each other. A
+            branch for which that does not hold runs dense or is left ungated, by name. Where two rows take more than
+            1e11 floating point operations it is left to `handle.check(inputs)`.
         process_group: The processes whose gradients are averaged, each with rows of its own: the data parallel group.
             None takes all processes of `torch.distributed`, or this one alone where that is not used.
 
@@ -99,6 +104,7 @@ def attach(
         native=native,
         compute=compute,
         seed=seed,
+        verify=verify,
     )
     check_model(model, options)
     handle = ResidualDropPath(model, options, Ranks(process_group))

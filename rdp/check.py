@@ -11,6 +11,7 @@ from torch import nn
 from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
 from rdp.errors import listed
+from rdp.proof import Proof
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
@@ -39,7 +40,7 @@ class Checkup:
         return "\n".join([*self.facts, *(f"PROBLEM: {problem}" for problem in self.problems)])
 
 
-def check(run: Run, refused: Sequence[Refusal]) -> Checkup:
+def check(run: Run, refused: Sequence[Refusal], proof: Proof | None = None) -> Checkup:
     """Examine a run and its model; see `ResidualDropPath.check`."""
     watch, step = run.watch, run.step
     gated = [b for b in run.branches if b.rate > 0]
@@ -49,8 +50,10 @@ def check(run: Run, refused: Sequence[Refusal]) -> Checkup:
         f"{type(run.model).__name__}: {len(gated)} gated branches of {len(run.branches)}{ungated}",
         f"{watch.forwards} training forwards, {step.number} steps; the phase is {step.phase.name}",
         f"{len(run.optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
+        *([str(proof)] if proof is not None else []),
     )
-    return Checkup(facts, tuple(_problems(run, gated)))
+    violations = (f"branch `{name}`: {why}" for name, why in (proof.violations if proof is not None else {}).items())
+    return Checkup(facts, (*violations, *_problems(run, gated)))
 
 
 def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:

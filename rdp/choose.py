@@ -14,7 +14,7 @@ from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.find import Discovery, find_branches, traced
-from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, warn
+from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
 from rdp.masks import branch_rates
 from rdp.native import find_native_drops
 from rdp.options import Options
@@ -70,12 +70,28 @@ class Choice:
     refused: tuple[Refusal, ...]
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
+    warnings: tuple[str, ...] = ()
+    """What the user should be told."""
 
 
-def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Choice:
+def choose_branches(
+    model: nn.Module,
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dense: Mapping[str, str] | None = None,
+    unsound: Mapping[str, str] | None = None,
+) -> Choice:
     """Find the branches from forwards of two rows and of one row of these inputs, and give them their rates.
 
     Mode, gradients, BatchNorm statistics and random number generators are left as they were.
+
+    Args:
+        model: The model.
+        options: What `attach` was asked for.
+        args, kwargs: Of a forward.
+        dense: By name, branches that are not to run on some of the rows, and why.
+        unsound: By name, branches that are not to be gated unless the user has named them, and why.
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
@@ -88,12 +104,15 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
         found, plan = None, Plan({}, {}, wrong=False)
         for graph, alone in traced(model, pair, single):
             found = find_branches(graph, model, options.named)
+            for candidate in found.accepted:
+                candidate.reason = None if candidate.name in options.named else (unsound or {}).get(candidate.name)
             if options.compute != "dense":
                 allow_random = options.compute in ("rows", "ghost")
                 plan = plan_rows(found, alone, model, pair, allow_random, options.compute == "ghost")
             if found.accepted and not plan.wrong:
                 break
         assert found is not None
+        plan = plan.without(dense or {})
         rows = {id(c): locate_rows(c, found.graph, alone) for c in found.accepted}
         if by_row:
             for candidate in found.accepted:
@@ -111,15 +130,21 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
     if not branches:
         raise BranchError(_nothing_found(model, options, found))
     refused = found.refused() if options.branches is None else ()
+    told = []
     if refused:
-        warn(
+        told.append(
             f"{len(refused)} residual sums are left ungated and train plainly: {listed([str(r) for r in refused])}. "
             "Name the modules to gate in branches= if you know better",
         )
     if odd is not None:
-        warn(
+        told.append(
             f"the rows of a batch influence each other even in eval mode, first in `{odd}`: is the first axis of the "
             "input the batch? If not, use mode='batch'",
+        )
+    if all(branch.idle for branch in branches):
+        told.append(
+            f"all {len(branches)} residual branches that were found are in eval mode or run without gradients, so "
+            "nothing is gated, and training is plain. Attach when they train"
         )
     rated = tuple(plan.noted(branch) for branch in _rated(branches, located, options))
     if options.scale_by_keep:
@@ -129,7 +154,7 @@ def choose_branches(model: nn.Module, options: Options, args: tuple[Any, ...], k
                 f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
-    return Choice(rated, refused, plan.programs)
+    return Choice(rated, refused, plan.programs, tuple(told))
 
 
 def _rated(branches: list[Branch], located: list[Branch], options: Options) -> list[Branch]:
@@ -137,11 +162,6 @@ def _rated(branches: list[Branch], located: list[Branch], options: Options) -> l
     idle = {b.depth for b in located if b.idle} - {b.depth for b in located if not b.idle}
     depths = [b.depth - sum(depth < b.depth for depth in idle) for b in branches if not b.idle]
     rates = iter(branch_rates(depths, options.rate, options.decay))
-    if not depths:
-        warn(
-            f"all {len(branches)} residual branches that were found are in eval mode or run without gradients, so "
-            "nothing is gated, and training is plain. Attach when they train"
-        )
     return [b if b.idle else replace(b, rate=next(rates)) for b in branches]
 
 

@@ -17,10 +17,11 @@ from rdp.branches import Branch, Refusal, branch_table
 from rdp.check import Checkup, check
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
-from rdp.errors import ArgumentError, AttachError, shortened
+from rdp.errors import ArgumentError, AttachError, shortened, warn
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
+from rdp.proof import BUDGET, Proof, prove
 from rdp.training import compiled, hooks
 from rdp.training.optimizer import MaskedOptimizer
 from rdp.training.run import Run
@@ -42,6 +43,7 @@ class ResidualDropPath:
         self.model = model
         self.options = options
         self.refused: tuple[Refusal, ...] = ()
+        self._proof = Proof({}, "no branch is known yet")
         self._run = Run(model, options, ranks, self._discover)
         compiled.register(self._run)
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
@@ -133,28 +135,24 @@ class ResidualDropPath:
             BranchError: If no branch is found, or one that was named is not there.
         """
         self._check_attached()
-        kwargs = inputs if isinstance(inputs, Mapping) else {}
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        if not trees.batch_size((args, kwargs)):
-            raise ArgumentError(
-                "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
-                f"arguments, with at least one row; got {shortened(inputs)}"
-            )
-        if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
-            raise ArgumentError(
-                "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
-                "through the model; pass a clone() of it that is made outside"
-            )
-        self._discover(args, kwargs)
+        self._discover(*self._arguments(inputs))
 
-    def check(self) -> Checkup:
+    def check(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None) -> Checkup:
         """Examine what has happened since `attach`; call it after a few steps and print the answer.
+
+        Args:
+            inputs: Of a forward, as `discover` takes them: the gates are proved on two rows of them, whatever that
+                takes. None: it is reported what the proof has shown that was made when branches were found.
 
         Returns:
             What is attached, and problems: branches that no forward reached or that lost their hook, phases that do
             not alternate, optimizers that are not wrapped, frozen parameters that moved all the same.
         """
-        return check(self._run, self.refused)
+        if inputs is not None and self.attached:
+            given = self._arguments(inputs)
+            self._discover(*given)
+            self._proof = prove(self._run, given)
+        return check(self._run, self.refused, self._proof)
 
     def remove(self) -> None:
         """Take everything out of the model again; it is exactly as before `attach`. May be called twice."""
@@ -209,28 +207,69 @@ class ResidualDropPath:
         if self.attached and not self.branches:
             state += "; branches will be found in the first training forward"
         head = f"ResidualDropPath({type(self.model).__name__}, rate={self.options.rate}, mode={self.options.mode!r}): "
-        return head + state + (f"\n{branch_table(self.branches, self.refused)}" if self.branches else "")
+        return head + state + (f"\n{branch_table(self.branches, self.refused)}\n{self._proof}" if self.branches else "")
+
+    def _arguments(
+        self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Positional and keyword arguments of a forward, from what the user has given for them."""
+        kwargs = inputs if isinstance(inputs, Mapping) else {}
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+        if not trees.batch_size((args, kwargs)):
+            raise ArgumentError(
+                "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
+                f"arguments, with at least one row; got {shortened(inputs)}"
+            )
+        if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
+            raise ArgumentError(
+                "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
+                "through the model; pass a clone() of it that is made outside"
+            )
+        return args, kwargs
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
         choose.check_unattached(self.model, besides=self._run)
         check_sharding(self.model, self._run.agreement.ranks)
-        with torch.inference_mode(False), self.paused():
-            choice = choose.choose_branches(self.model, self.options, args, kwargs)
-        check_branches(self._run, choice.branches)
+        run, expected = self._run, self._run.expected
+        dense: dict[str, str] = {}
+        unsound: dict[str, str] = {}
         installed: list[RemovableHandle] = []
         try:
-            for index, branch in enumerate(choice.branches):
-                installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
-            self._run.found(choice.branches)
+            while True:
+                with torch.inference_mode(False), self.paused():
+                    choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound)
+                self._install(choice, installed)
+                self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
+                wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}
+                if not wrong:
+                    break
+                for name, why in wrong.items():
+                    (dense if name in choice.programs else unsound)[name] = why
+                self._uninstall(installed)
+            run.expected = expected
+            check_branches(run, choice.branches)
         except BaseException:  # all or nothing: with some of the hooks, the other branches would train plainly
-            for hook in installed:
-                hook.remove()
+            self._uninstall(installed)
+            run.expected = expected
             raise
+        run.expected, self.refused = None, choice.refused
         self._hooks += installed
-        self.refused = choice.refused
+        for text in choice.warnings:
+            warn(text)
         compiled.forget_compiled()
+
+    def _install(self, choice: choose.Choice, installed: list[RemovableHandle]) -> None:
+        for index, branch in enumerate(choice.branches):
+            installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
+        self._run.found(choice.branches)
+
+    def _uninstall(self, installed: list[RemovableHandle]) -> None:
+        for hook in installed:
+            hook.remove()
+        installed.clear()
+        self._run.found(())
 
     def _check_attached(self) -> None:
         if not self.attached:

@@ -46,14 +46,16 @@ class Options:
     native: Native
     compute: Compute
     seed: int
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
             raise ArgumentError(f"rate must be a number in [0, 1), the probability of dropping; got {self.rate!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ArgumentError(f"seed must be an int in [0, 2**64); got {self.seed!r}")
-        if not isinstance(self.scale_by_keep, bool):
-            raise ArgumentError(f"scale_by_keep must be True or False; got {self.scale_by_keep!r}")
+        for name in ("scale_by_keep", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name} must be True or False; got {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 allowed = " or ".join(map(repr, get_args(choices)))

@@ -70,6 +70,7 @@ def test_sound_training_has_no_problem(mode, several):
         "LoopMLP: 3 gated branches of 3",
         "7 training forwards, 6 steps; the phase is DROP",
         f"{len(optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
+        "proved on two rows of the input",
     ]
 
 

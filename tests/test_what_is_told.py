@@ -285,6 +285,7 @@ def test_how_a_handle_is_printed():
         f"{head}step 1, phase FREEZE",
         "branch rate kind compute parameters note",
         *(f"body.{i}.fc2 0.600 identity rows {4 + 2 * (i == 1)}" for i in range(3)),
+        "proved on two rows of the input",
     ]
     handle.remove()
     assert repr(handle).startswith(f"{head}removed\nbranch ")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Compiled parts of the model run as they were written: what is called can be seen in them, too.
-        with _own_random_numbers(model), torch.compiler.set_stance("force_eager"):
+        with own_random_numbers(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -41,7 +43,7 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
     try:
-        with _own_random_numbers(model):
+        with own_random_numbers(model):
             yield
     finally:
         model.eval()
@@ -50,10 +52,19 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(old)
 
 
-def _own_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
-    """The global generators are put back afterwards, on the CPU and wherever the model is."""
+@contextmanager
+def own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Global generators are put back afterwards: torch's on the CPU and wherever the model is, Python's and numpy's."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=[device.index or 0 for device in devices])
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    state, numpy_state = random.getstate(), numpy_random.get_state() if numpy_random is not None else None
+    try:
+        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
 
 
 def only_device(model: nn.Module) -> torch.device | None:

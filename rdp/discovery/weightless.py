@@ -34,7 +34,7 @@ def on_meta(inputs: Inputs) -> Inputs:
 @contextmanager
 def weightless(model: nn.Module) -> Iterator[None]:
     """Hold parameters and buffers on `meta`, and take back whatever forwards leave in the modules."""
-    before = [(module, _contents(module)) for module in model.modules()]
+    before = [(module, contents(module)) for module in model.modules()]
     stand_ins: dict[int, Tensor] = {}  # shared tensors stay shared
     try:
         for module, _ in before:
@@ -47,18 +47,19 @@ def weightless(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = stand_ins.setdefault(id(buffer), buffer.detach().to("meta"))
         yield
     finally:
-        for module, contents in before:
-            _put_back(module, contents)
+        for module, held in before:
+            put_back(module, held)
 
 
-def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Every attribute with a copy of it, where it is a container that a forward may fill: a cache, say."""
     return {
         name: (value, copy.copy(value) if type(value) in _CONTAINERS else None) for name, value in vars(module).items()
     }
 
 
-def _put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+def put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+    """Give a module back the attributes that it had."""
     attributes = vars(module)
     for name in attributes.keys() - contents.keys():
         del attributes[name]

@@ -32,6 +32,11 @@ class Plan:
     dense: Mapping[str, str]
     wrong: bool
 
+    def without(self, dense: Mapping[str, str]) -> Plan:
+        """The plan in which these branches, each with the reason, run all rows."""
+        programs = {name: program for name, program in self.programs.items() if name not in dense}
+        return replace(self, programs=programs, dense={**self.dense, **dense})
+
     def noted(self, branch: Branch) -> Branch:
         """The branch, with what is known of its rows."""
         if branch.name in self.programs:

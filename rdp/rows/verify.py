@@ -98,7 +98,7 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
             else:
                 kept, wanted = list(trees.tensors(output))[leaf], expected[name][leaf]
                 found = branch.leave(kept, branch.replay()[program.result])
-                if not _close(found, wanted):
+                if not close(found, wanted):
                     different[name] = "its rows influence each other"
                 # What follows is checked against the plain forward again, not against this one's rounding errors.
                 replaced = trees.with_tensor(output, leaf, wanted.clone())
@@ -123,7 +123,8 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
     return different
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Are they equal, to rounding?"""
     if found.shape != wanted.shape or not wanted.numel():
         return found.shape == wanted.shape
     error = (found.double() - wanted.double()).abs().max()

@@ -182,13 +182,17 @@ class Run:
 
     def _new_forward(self, position: int, rows: int) -> Forward:
         step, options = self.step, self.options
-        self.several = dist.is_available() and dist.is_initialized() and self.agreement.ranks.size > 1
+        self.several = (
+            step.given is None and dist.is_available() and dist.is_initialized() and self.agreement.ranks.size > 1
+        )
         # With frozen parameters instead of frozen outputs all micro-batches must agree on what is frozen.
         number = 0 if options.freeze == "params" else position
         # FREEZE begins again where it has more forwards than DROP had.
         again = step.replayed[number % len(step.replay)] if step.replayed else Draw(number, rows)
         draw = step.replayed.get(number, again)
-        if step.phase is Phase.PLAIN:
+        if step.given is not None:
+            self.masks = step.given.clone()
+        elif step.phase is Phase.PLAIN:
             self.masks = torch.ones(len(self.branches), rows, dtype=torch.bool, device="cpu")
         else:
             self.masks = masks.draw(

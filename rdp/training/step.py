@@ -110,6 +110,7 @@ class Step:
         cycle: Of its masks.
         probes: Some of the model's parameters.
         replay: What the forwards of the latest DROP step have drawn, by position.
+        given: The masks of its forwards, if they are not to be drawn.
 
     Attributes:
         replayed: In FREEZE, what is drawn at a position: as DROP drew there or, where an early one was left empty, at a
@@ -120,11 +121,20 @@ class Step:
         agreed: Bool `Tensor[branches]`: those that are live on any rank; None before the ranks have agreed.
     """
 
-    def __init__(self, number: int, phase: Phase, cycle: int, probes: Probes, replay: Mapping[int, Draw]) -> None:
+    def __init__(
+        self,
+        number: int,
+        phase: Phase,
+        cycle: int,
+        probes: Probes,
+        replay: Mapping[int, Draw],
+        given: Tensor | None = None,
+    ) -> None:
         self.number = number
         self.phase = phase
         self.cycle = cycle
         self.replay = replay
+        self.given = given
         drawn = replay if phase is Phase.FREEZE else {}
         late = iter(sorted(drawn.keys() - set(range(len(drawn)))))
         self.replayed = {place: drawn.get(place) or drawn[next(late)] for place in range(len(drawn))} | {**drawn}

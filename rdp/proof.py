@@ -1,0 +1,300 @@
+"""Proving the gates on a model's own input, by what must hold whatever the model is.
+
+1. In FREEZE the output is the plain output, for any split of the rows.
+2. What reaches the loss through frozen branches alone gets no gradient.
+3. The mask of one row changes no other row.
+4. What is in eval mode, or runs without gradients, is plain in DROP too.
+
+Two rows of the input go through the model, with the very hooks that training uses and with masks made for the purpose.
+Dropout is off meanwhile, and normalisations use their running statistics, so that the rows stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rdp import trees
+from rdp.branches import RowAxis
+from rdp.discovery import forwards
+from rdp.discovery.forwards import Inputs
+from rdp.discovery.weightless import contents, on_meta, put_back, weightless
+from rdp.phases import Phase
+from rdp.rows.axes import row_axis
+from rdp.rows.verify import close
+from rdp.training.run import Run
+from rdp.training.step import Step
+from rdp.training.watch import Watch
+
+BUDGET = 1e11
+"""Models whose forward of two rows takes more floating point operations than this are not proved without being asked.
+
+ResNet-50 takes 16e9 at 224 pixels, ViT-B 70e9; the proof takes as much as some seven such forwards."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof has shown.
+
+    Attributes:
+        violations: By name of the branch, what does not hold.
+        missing: Why it was not made, or not to its end; "" if it was.
+    """
+
+    violations: Mapping[str, str]
+    missing: str = ""
+
+    def __str__(self) -> str:
+        return f"not proved: {self.missing}" if self.missing else "proved on two rows of the input"
+
+
+def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
+    """Prove the gates of a run, whose hooks are in its model.
+
+    Random numbers, buffers, gradients, modes, counters and attributes of the model are left as they were, and no other
+    process is asked for anything.
+
+    Args:
+        run: That of the model.
+        inputs: Of a forward; two rows of them are used.
+        budget: In floating point operations of the forward of two rows; None: any number.
+    """
+    if not any(branch.rate > 0 for branch in run.branches):
+        return Proof({}, "nothing is gated")
+    if budget is not None and forwards.only_device(run.model) is None:
+        return Proof({}, "the model is sharded, offloaded, quantized or has hooks of others, see handle.check(inputs)")
+    pair, single = forwards.take_rows(inputs, 2), forwards.take_rows(inputs, 1)
+    try:
+        with _as_in_training(run.model), torch.enable_grad(), torch.inference_mode(False):
+            if budget is not None and (operations := _operations(run, pair)) > budget:
+                return Proof(
+                    {}, f"two rows take {operations:.1e} operations; handle.check(inputs) proves it all the same"
+                )
+            return _Trial(run, pair, single).proof()
+    except Exception as error:  # a proof may fail, but not the training that it is for
+        return Proof({}, f"a forward for it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+class _Trial:
+    """Forwards of a few rows with given masks, and what they show."""
+
+    def __init__(self, run: Run, pair: Inputs, single: Inputs) -> None:
+        self.run = run
+        self.pair = pair
+        self.gated = [index for index, branch in enumerate(run.branches) if branch.rate > 0]
+        self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        self.parts: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+        with self._recorded():
+            self.plain = self._outputs(None, None, pair)
+        alone = self._outputs(None, None, single)
+        self.rows = [row_axis(two.shape, one.shape) for two, one in zip(self.plain, alone, strict=True)]
+        for number, (two, one) in enumerate(zip(self.plain, alone, strict=True)):
+            axis = self.rows[number]
+            if axis is not None and not (two.is_floating_point() and close(_row(two, axis, 0), one)):
+                self.rows[number] = None
+        self.apart = run.options.mode == "row" and any(axis is not None for axis in self.rows)
+        """Are there outputs of each row by itself? If not, all rows have the same masks."""
+
+    def proof(self) -> Proof:
+        """Look at one law after the other, until one does not hold."""
+        run = self.run
+        if not all(x.isfinite().all() for x in self.plain if x.is_floating_point()):
+            return Proof({}, "values are not finite")
+        laws = [self._drop]
+        if Phase.FREEZE in run.options.phases and run.options.freeze == "output":
+            laws.append(self._freeze)
+        for law in laws:
+            if violations := law():
+                again = self._outputs(None, None, self.pair)
+                if not all(map(_same, self.plain, again)):
+                    return Proof({}, "the model gives different numbers for the same input")
+                names = {run.branches[index].name: why for index, why in violations.items()}
+                return Proof(names)
+        return Proof({})
+
+    def _drop(self) -> dict[int, str]:
+        """Laws 3 and 4, and law 2 in DROP: the branches that break one, with what is wrong."""
+        masks = self._masks()
+        masks[:, 0] = torch.rand(len(masks), generator=torch.Generator().manual_seed(0)) < 0.5
+        if not self.apart:
+            masks[:, 1] = masks[:, 0]
+        with self._recorded():
+            outputs = self._outputs(Phase.DROP, masks, self.pair, keep_graph=True)
+        if different := self._parts_that_differ():
+            return dict.fromkeys(different, "it does not train, but is dropped")
+        if around := self._learn_all_the_same(outputs, masks, Phase.DROP, 0):
+            return around
+        if not self.apart:
+            return {}
+        kept = self._outputs(Phase.DROP, self._masks(), self.pair) if self.run.options.scale_by_keep else self.plain
+
+        def holds(suspects: Collection[int]) -> bool:
+            masks = self._masks()
+            masks[list(suspects), 0] = False
+            return self._equal(self._outputs(Phase.DROP, masks, self.pair), kept, 1)
+
+        if self._equal(outputs, kept, 1):
+            return {}
+        return dict.fromkeys(_culprits(self.gated, holds), "its mask for one row changes another row")
+
+    def _freeze(self) -> dict[int, str]:
+        """Laws 1 and 2: the branches that break one, with what is wrong."""
+
+        def masks_of(suspects: Sequence[int]) -> Tensor:
+            masks = self._masks()
+            if self.apart:
+                masks[list(suspects), 0] = False
+            return masks
+
+        def holds(suspects: Sequence[int]) -> bool:
+            return self._equal(self._outputs(Phase.FREEZE, masks_of(suspects), self.pair), self.plain)
+
+        masks = masks_of(self.gated)
+        outputs = self._outputs(Phase.FREEZE, masks, self.pair, keep_graph=True)
+        if not self._equal(outputs, self.plain):
+            return dict.fromkeys(_culprits(self.gated, holds), "in FREEZE the output is not that of the plain network")
+        return self._learn_all_the_same(outputs, masks, Phase.FREEZE, 1)
+
+    def _masks(self) -> Tensor:
+        return torch.ones(len(self.run.branches), 2, dtype=torch.bool, device="cpu")
+
+    def _outputs(
+        self, phase: Phase | None, masks: Tensor | None, inputs: Inputs, keep_graph: bool = False
+    ) -> list[Tensor]:
+        """The output tensors of a forward with these masks; a plain one without."""
+        args, kwargs = trees.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        run, gradients = self.run, torch.set_grad_enabled(phase is not None)
+        with forwards.own_random_numbers(run.model), _rehearsal(run, phase, masks), gradients:
+            output = run.model(*args, **kwargs)
+        return [x if keep_graph else x.detach().clone() for x in trees.tensors(output)]
+
+    def _equal(self, found: list[Tensor], wanted: list[Tensor], row: int | None = None) -> bool:
+        """Are outputs equal, to rounding? Of one row, those that have rows."""
+        pairs = zip(found, wanted, self.rows, strict=True)
+        if row is None:
+            return all(_same(one, other) for one, other, _ in pairs)
+        return all(_same(_row(a, axis, row), _row(b, axis, row)) for a, b, axis in pairs if axis is not None)
+
+    def _learn_all_the_same(self, outputs: list[Tensor], masks: Tensor, phase: Phase, row: int) -> dict[int, str]:
+        """Law 2, for a loss made of one row, or of all if these cannot be told apart: what breaks it."""
+        run, loss = self.run, torch.zeros(())
+        if self.apart:
+            masks = masks[:, row : row + 1]
+        live = run.frozen.live(masks, phase, [i for i, block in enumerate(run.blocks) if not block.training])
+        frozen = run.frozen.parameters(live)
+        names = [name for name, p in self.parameters.items() if id(p) in frozen]
+        for x, axis in zip(outputs, self.rows, strict=True):
+            if x.requires_grad and (axis is not None or not self.apart):
+                part = x if axis is None or not self.apart else _row(x, axis, row)
+                weights = torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
+                loss = loss.to(x.device) + (part * weights.to(part)).sum()
+        if not names or not loss.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
+        learning = [n for n, g in zip(names, gradients, strict=True) if g is not None and (g.nan_to_num(0) != 0).any()]
+        owners = {name: [i for i in self.gated if name in run.branches[i].parameters] for name in learning}
+        by_number = sorted(learning, key=lambda name: -len(owners[name]))  # what is shared says the least
+        return {i: f"`{name}` learns by a way around the gate" for name in by_number for i in owners[name]}
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Keep what the blocks of branches that do not train are given and return."""
+        run = self.run
+        still = {b.block for b, block in zip(run.branches, run.blocks, strict=True) if b.idle or not block.training}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                given = [x.detach().clone() for x in trees.tensors((args, kwargs))]
+                made = [x.detach().clone() for x in trees.tensors(output)]
+                self.parts.setdefault(name, []).append((given, made))
+
+            return hook
+
+        modules = [(name, run.model.get_submodule(name)) for name in sorted(still) if name]
+        hooks = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in modules]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _parts_that_differ(self) -> list[int]:
+        """Law 4: branches whose blocks, recorded twice, made other outputs of the same inputs."""
+        different = set()
+        for name, records in self.parts.items():
+            half = len(records) // 2
+            for (given, made), (again, other) in zip(records[:half], records[half:], strict=False):
+                if all(map(torch.equal, given, again)) and not all(map(torch.equal, made, other)):
+                    different.add(name)
+        return [index for index in self.gated if self.run.branches[index].block in different]
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Modes as in training, but without what makes rows depend on each other or on chance; all is put back."""
+    modes = [(module, module.training or not model.training) for module in model.modules()]
+    with forwards.undisturbed(model):
+        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+        before = [(module, contents(module)) for module in model.modules()]
+        try:
+            for module, training in modes:
+                still = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
+                module.training = training and not still
+                for name, value in list(vars(module).items()):
+                    if "drop" in name.lower() and isinstance(value, float):
+                        setattr(module, name, 0.0)  # which attention passes to a function
+            yield
+        finally:
+            for module, held in before:
+                put_back(module, held)
+            for buffer, version, old in buffers:
+                if buffer._version != version:
+                    buffer.data.copy_(old)
+
+
+@contextmanager
+def _rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[None]:
+    """Forwards in this context have these masks, or none, and the run does not know of them."""
+    before = run.step, run.watch, run.masks, run.several, run.pauses
+    run.watch, run.pauses = Watch(run.model), int(phase is None)
+    if phase is not None:
+        run.step = Step(run.step.number, phase, run.step.cycle, run.probes, {}, masks)
+    try:
+        yield
+    finally:
+        run.step, run.watch, run.masks, run.several, run.pauses = before
+
+
+def _operations(run: Run, inputs: Inputs) -> float:
+    """Floating point operations of a plain forward; 0 where they cannot be counted without numbers."""
+    with suppress(Exception), weightless(run.model), _rehearsal(run, None, None), torch.no_grad():
+        args, kwargs = on_meta(inputs)
+        with FlopCounterMode(display=False) as counter:
+            run.model(*args, **kwargs)
+        return float(counter.get_total_flops())
+    return 0.0
+
+
+def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[int]:
+    """Of branches that break a law together those that break it alone; all of them if none does."""
+    if len(suspects) == 1:
+        return suspects
+    middle = len(suspects) // 2
+    halves = [half for half in (suspects[:middle], suspects[middle:]) if not holds(half)]
+    return [index for half in halves for index in _culprits(half, holds)] or suspects
+
+
+def _row(x: Tensor, axis: RowAxis, row: int) -> Tensor:
+    return x.narrow(axis.axis, row * axis.fold, axis.fold)
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return found.shape == wanted.shape  # a class, say, which rounding can turn over
+    return close(found.detach(), wanted)
