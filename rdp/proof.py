@@ -71,7 +71,9 @@ def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
         return Proof({}, "the model is sharded, offloaded, quantized or has hooks of others, see handle.check(inputs)")
     pair, single = forwards.take_rows(inputs, 2), forwards.take_rows(inputs, 1)
     try:
-        with _as_in_training(run.model), torch.enable_grad(), torch.inference_mode(False):
+        # A checkpoint around the model must not take what is kept for a proof for its own.
+        own_tensors = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with _as_in_training(run.model), torch.inference_mode(False), torch.enable_grad(), own_tensors:
             if budget is not None and (operations := _operations(run, pair)) > budget:
                 return Proof(
                     {}, f"two rows take {operations:.1e} operations; handle.check(inputs) proves it all the same"
@@ -288,6 +290,10 @@ def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[i
     middle = len(suspects) // 2
     halves = [half for half in (suspects[:middle], suspects[middle:]) if not holds(half)]
     return [index for half in halves for index in _culprits(half, holds)] or suspects
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _row(x: Tensor, axis: RowAxis, row: int) -> Tensor:

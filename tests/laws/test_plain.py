@@ -114,7 +114,8 @@ def test_attach_then_remove_restores_the_model_exactly(case, sizes, steps, at_at
 @given(cases(), batch_sizes(4, 1))
 def test_discovery_at_attach_and_at_the_first_forward_agree_and_touch_nothing(case, sizes):
     model, late = case.model(), case.model()
-    model.body.eval() if hasattr(model, "body") else None  # flags are kept per module
+    for each in (model, late):
+        each.body.eval() if hasattr(each, "body") else None  # flags are kept per module
     before, weights = anatomy(model), copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     handle = case.attach(model, example_inputs=model.rows(sizes[0], 0))
