@@ -24,7 +24,7 @@ from rdp import trees
 from rdp.branches import RowAxis
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
-from rdp.discovery.weightless import contents, on_meta, put_back, weightless
+from rdp.discovery.weightless import on_meta, weightless
 from rdp.phases import Phase
 from rdp.rows.axes import row_axis
 from rdp.rows.verify import close
@@ -90,6 +90,8 @@ class _Trial:
         self.run = run
         self.pair = pair
         self.gated = [index for index, branch in enumerate(run.branches) if branch.rate > 0]
+        blocks = [run.model.get_submodule(branch.block) for branch in run.branches]
+        self.still = [i for i, b in enumerate(run.branches) if b.idle or not blocks[i].training]
         self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
         self.parts: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
         with self._recorded():
@@ -124,16 +126,15 @@ class _Trial:
         """Laws 3 and 4, and law 2 in DROP: the branches that break one, with what is wrong."""
         masks = self._masks()
         masks[:, 0] = torch.rand(len(masks), generator=torch.Generator().manual_seed(0)) < 0.5
+        masks[self.still, 0] = False
         if not self.apart:
             masks[:, 1] = masks[:, 0]
         with self._recorded():
             outputs = self._outputs(Phase.DROP, masks, self.pair, keep_graph=True)
         if different := self._parts_that_differ():
             return dict.fromkeys(different, "it does not train, but is dropped")
-        if around := self._learn_all_the_same(outputs, masks, Phase.DROP, 0):
-            return around
         if not self.apart:
-            return {}
+            return self._learn_all_the_same(outputs, masks, Phase.DROP, 0)
         kept = self._outputs(Phase.DROP, self._masks(), self.pair) if self.run.options.scale_by_keep else self.plain
 
         def holds(suspects: Collection[int]) -> bool:
@@ -141,16 +142,16 @@ class _Trial:
             masks[list(suspects), 0] = False
             return self._equal(self._outputs(Phase.DROP, masks, self.pair), kept, 1)
 
-        if self._equal(outputs, kept, 1):
-            return {}
-        return dict.fromkeys(_culprits(self.gated, holds), "its mask for one row changes another row")
+        if not self._equal(outputs, kept, 1):
+            return dict.fromkeys(_culprits(self.gated, holds), "its mask for one row changes another row")
+        return self._learn_all_the_same(outputs, masks, Phase.DROP, 0)
 
     def _freeze(self) -> dict[int, str]:
         """Laws 1 and 2: the branches that break one, with what is wrong."""
 
         def masks_of(suspects: Sequence[int]) -> Tensor:
             masks = self._masks()
-            if self.apart:
+            if self.run.options.mode == "row":
                 masks[list(suspects), 0] = False
             return masks
 
@@ -161,6 +162,9 @@ class _Trial:
         outputs = self._outputs(Phase.FREEZE, masks, self.pair, keep_graph=True)
         if not self._equal(outputs, self.plain):
             return dict.fromkeys(_culprits(self.gated, holds), "in FREEZE the output is not that of the plain network")
+        if not self.apart:  # a loss of one row alone would be one of the other row too
+            masks = self._masks()
+            outputs = self._outputs(Phase.FREEZE, masks, self.pair, keep_graph=True)
         return self._learn_all_the_same(outputs, masks, Phase.FREEZE, 1)
 
     def _masks(self) -> Tensor:
@@ -188,7 +192,7 @@ class _Trial:
         run, loss = self.run, torch.zeros(())
         if self.apart:
             masks = masks[:, row : row + 1]
-        live = run.frozen.live(masks, phase, [i for i, block in enumerate(run.blocks) if not block.training])
+        live = run.frozen.live(masks, phase, self.still)
         frozen = run.frozen.parameters(live)
         names = [name for name, p in self.parameters.items() if id(p) in frozen]
         for x, axis in zip(outputs, self.rows, strict=True):
@@ -208,7 +212,7 @@ class _Trial:
     def _recorded(self) -> Iterator[None]:
         """Keep what the blocks of branches that do not train are given and return."""
         run = self.run
-        still = {b.block for b, block in zip(run.branches, run.blocks, strict=True) if b.idle or not block.training}
+        still = {run.branches[index].block for index in self.still}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -242,22 +246,22 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Modes as in training, but without what makes rows depend on each other or on chance; all is put back."""
     modes = [(module, module.training or not model.training) for module in model.modules()]
     with forwards.undisturbed(model):
-        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-        before = [(module, contents(module)) for module in model.modules()]
+        for module, training in modes:
+            still = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
+            module.training = training and not still
+        dropping = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if "drop" in name.lower() and isinstance(value, float)
+        ]
         try:
-            for module, training in modes:
-                still = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
-                module.training = training and not still
-                for name, value in list(vars(module).items()):
-                    if "drop" in name.lower() and isinstance(value, float):
-                        setattr(module, name, 0.0)  # which attention passes to a function
+            for module, name, _ in dropping:
+                setattr(module, name, 0.0)  # which attention passes to a function
             yield
         finally:
-            for module, held in before:
-                put_back(module, held)
-            for buffer, version, old in buffers:
-                if buffer._version != version:
-                    buffer.data.copy_(old)
+            for module, name, value in dropping:
+                setattr(module, name, value)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,40 +18,73 @@ from rdp.copies import Hook
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run forwards in eval mode; training flags and random number generators are put back afterwards."""
+    """Run forwards in eval mode; training flags, attributes, buffers and random numbers are put back afterwards."""
     training = [(module, module.training) for module in model.modules()]
+    # Of a sharded model, the parameters are others now and then, and somebody keeps count.
+    held = [(module, contents(module)) for module in model.modules()] if only_device(model) is not None else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     # The fused inference kernels of nn.TransformerEncoderLayer would hide the additions.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Compiled parts of the model run as they were written: what is called can be seen in them, too.
-        with own_random_numbers(model), torch.compiler.set_stance("force_eager"):
+        with own_random_numbers(model), same_buffers(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        for module, attributes in held:
+            put_back(module, attributes)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         model.train(training[0][1])  # lets modules drop what they cached for eval
         for module, was_training in training:
             module.training = was_training
 
 
+def contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute with a copy of it, where it is a container that a forward may fill: a cache, say."""
+    return {
+        name: (value, copy.copy(value) if type(value) in _CONTAINERS else None) for name, value in vars(module).items()
+    }
+
+
+def put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+    """Give a module back the attributes that it had."""
+    attributes = vars(module)
+    for name in attributes.keys() - contents.keys():
+        del attributes[name]
+    for name, (value, items) in contents.items():
+        attributes[name] = value
+        if items is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(items)
+
+
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
     """Within `undisturbed`: train mode, but for norms with running statistics; buffers are put back afterwards."""
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     for module in model.modules():
         module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
     try:
-        with own_random_numbers(model):
+        with own_random_numbers(model), same_buffers(model):
             yield
     finally:
         model.eval()
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """The numbers in the buffers are put back afterwards."""
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
         for buffer, version, old in buffers:
             if buffer._version != version:
-                buffer.copy_(old)
+                buffer.data.copy_(old)
 
 
 @contextmanager

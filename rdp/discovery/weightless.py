@@ -5,18 +5,13 @@ Functions and shapes are all that a trace records. On `meta` they cost next to n
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.discovery.forwards import Inputs
-
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+from rdp.discovery.forwards import Inputs, contents, put_back
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -49,22 +44,3 @@ def weightless(model: nn.Module) -> Iterator[None]:
     finally:
         for module, held in before:
             put_back(module, held)
-
-
-def contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute with a copy of it, where it is a container that a forward may fill: a cache, say."""
-    return {
-        name: (value, copy.copy(value) if type(value) in _CONTAINERS else None) for name, value in vars(module).items()
-    }
-
-
-def put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
-    """Give a module back the attributes that it had."""
-    attributes = vars(module)
-    for name in attributes.keys() - contents.keys():
-        del attributes[name]
-    for name, (value, items) in contents.items():
-        attributes[name] = value
-        if items is not None:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(items)
