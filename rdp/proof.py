@@ -12,25 +12,22 @@ Dropout is off meanwhile, and normalisations use their running statistics, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rdp import trees
 from rdp.branches import RowAxis
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
-from rdp.discovery.weightless import on_meta, weightless
 from rdp.phases import Phase
+from rdp.rehearsal import as_trained, operations, rehearsal
 from rdp.rows.axes import row_axis
 from rdp.rows.verify import close
 from rdp.training.run import Run
-from rdp.training.step import Step
-from rdp.training.watch import Watch
 
 BUDGET = 1e11
 """Models whose forward of two rows takes more floating point operations than this are not proved without being asked.
@@ -73,11 +70,9 @@ def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
     try:
         # A checkpoint around the model must not take what is kept for a proof for its own.
         own_tensors = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-        with _as_in_training(run.model), torch.inference_mode(False), torch.enable_grad(), own_tensors:
-            if budget is not None and (operations := _operations(run, pair)) > budget:
-                return Proof(
-                    {}, f"two rows take {operations:.1e} operations; handle.check(inputs) proves it all the same"
-                )
+        with as_trained(run.model), torch.inference_mode(False), torch.enable_grad(), own_tensors:
+            if budget is not None and (taken := operations(run, pair)) > budget:
+                return Proof({}, f"two rows take {taken:.1e} operations; handle.check(inputs) proves it all the same")
             return _Trial(run, pair, single).proof()
     except Exception as error:  # a proof may fail, but not the training that it is for
         return Proof({}, f"a forward for it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -93,6 +88,10 @@ class _Trial:
         blocks = [run.model.get_submodule(branch.block) for branch in run.branches]
         self.still = [i for i, b in enumerate(run.branches) if b.idle or not blocks[i].training]
         self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        halves = {p.dtype for p in run.model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+        autocast = {p.device.type for p in run.model.parameters() if torch.is_autocast_enabled(p.device.type)}
+        self.half = next(iter(halves), torch.bfloat16 if autocast else None)
+        """What numbers were made in, however exact they look now."""
         self.parts: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
         with self._recorded():
             self.plain = self._outputs(None, None, pair)
@@ -100,7 +99,7 @@ class _Trial:
         self.rows = [row_axis(two.shape, one.shape) for two, one in zip(self.plain, alone, strict=True)]
         for number, (two, one) in enumerate(zip(self.plain, alone, strict=True)):
             axis = self.rows[number]
-            if axis is not None and not (two.is_floating_point() and close(_row(two, axis, 0), one)):
+            if axis is not None and not (two.is_floating_point() and self._same(_row(two, axis, 0), one)):
                 self.rows[number] = None
         self.apart = run.options.mode == "row" and any(axis is not None for axis in self.rows)
         """Are there outputs of each row by itself? If not, all rows have the same masks."""
@@ -116,7 +115,7 @@ class _Trial:
         for law in laws:
             if violations := law():
                 again = self._outputs(None, None, self.pair)
-                if not all(map(_same, self.plain, again)):
+                if not self._equal(again, self.plain):
                     return Proof({}, "the model gives different numbers for the same input")
                 names = {run.branches[index].name: why for index, why in violations.items()}
                 return Proof(names)
@@ -176,7 +175,7 @@ class _Trial:
         """The output tensors of a forward with these masks; a plain one without."""
         args, kwargs = trees.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         run, gradients = self.run, torch.set_grad_enabled(phase is not None)
-        with forwards.own_random_numbers(run.model), _rehearsal(run, phase, masks), gradients:
+        with forwards.own_random_numbers(run.model), rehearsal(run, phase, masks), gradients:
             output = run.model(*args, **kwargs)
         return [x if keep_graph else x.detach().clone() for x in trees.tensors(output)]
 
@@ -184,8 +183,14 @@ class _Trial:
         """Are outputs equal, to rounding? Of one row, those that have rows."""
         pairs = zip(found, wanted, self.rows, strict=True)
         if row is None:
-            return all(_same(one, other) for one, other, _ in pairs)
-        return all(_same(_row(a, axis, row), _row(b, axis, row)) for a, b, axis in pairs if axis is not None)
+            return all(self._same(one, other) for one, other, _ in pairs)
+        return all(self._same(_row(a, axis, row), _row(b, axis, row)) for a, b, axis in pairs if axis is not None)
+
+    def _same(self, found: Tensor, wanted: Tensor) -> bool:
+        if not wanted.is_floating_point():
+            return found.shape == wanted.shape  # a class, say, which rounding can turn over
+        dtype = self.half or wanted.dtype
+        return close(found.detach().to(dtype), wanted.to(dtype))
 
     def _learn_all_the_same(self, outputs: list[Tensor], masks: Tensor, phase: Phase, row: int) -> dict[int, str]:
         """Law 2, for a loss made of one row, or of all if these cannot be told apart: what breaks it."""
@@ -241,52 +246,6 @@ class _Trial:
         return [index for index in self.gated if self.run.branches[index].block in different]
 
 
-@contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Modes as in training, but without what makes rows depend on each other or on chance; all is put back."""
-    modes = [(module, module.training or not model.training) for module in model.modules()]
-    with forwards.undisturbed(model):
-        for module, training in modes:
-            still = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
-            module.training = training and not still
-        dropping = [
-            (module, name, value)
-            for module in model.modules()
-            for name, value in vars(module).items()
-            if "drop" in name.lower() and isinstance(value, float)
-        ]
-        try:
-            for module, name, _ in dropping:
-                setattr(module, name, 0.0)  # which attention passes to a function
-            yield
-        finally:
-            for module, name, value in dropping:
-                setattr(module, name, value)
-
-
-@contextmanager
-def _rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[None]:
-    """Forwards in this context have these masks, or none, and the run does not know of them."""
-    before = run.step, run.watch, run.masks, run.several, run.pauses
-    run.watch, run.pauses = Watch(run.model), int(phase is None)
-    if phase is not None:
-        run.step = Step(run.step.number, phase, run.step.cycle, run.probes, {}, masks)
-    try:
-        yield
-    finally:
-        run.step, run.watch, run.masks, run.several, run.pauses = before
-
-
-def _operations(run: Run, inputs: Inputs) -> float:
-    """Floating point operations of a plain forward; 0 where they cannot be counted without numbers."""
-    with suppress(Exception), weightless(run.model), _rehearsal(run, None, None), torch.no_grad():
-        args, kwargs = on_meta(inputs)
-        with FlopCounterMode(display=False) as counter:
-            run.model(*args, **kwargs)
-        return float(counter.get_total_flops())
-    return 0.0
-
-
 def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[int]:
     """Of branches that break a law together those that break it alone; all of them if none does."""
     if len(suspects) == 1:
@@ -302,9 +261,3 @@ def _itself(x: Any) -> Any:
 
 def _row(x: Tensor, axis: RowAxis, row: int) -> Tensor:
     return x.narrow(axis.axis, row * axis.fold, axis.fold)
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    if not wanted.is_floating_point():
-        return found.shape == wanted.shape  # a class, say, which rounding can turn over
-    return close(found.detach(), wanted)

@@ -1,0 +1,64 @@
+"""Forwards in which nothing counts: training forwards with given masks, of which the run and the model keep nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rdp.discovery import forwards
+from rdp.discovery.forwards import Inputs
+from rdp.discovery.weightless import on_meta, weightless
+from rdp.phases import Phase
+from rdp.training.run import Run
+from rdp.training.step import Step
+from rdp.training.watch import Watch
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Modes as in training, but without what makes rows depend on each other or on chance; all is put back."""
+    modes = [(module, module.training or not model.training) for module in model.modules()]
+    with forwards.undisturbed(model):
+        for module, training in modes:
+            still = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
+            module.training = training and not still
+        dropping = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if "drop" in name.lower() and isinstance(value, float)
+        ]
+        try:
+            for module, name, _ in dropping:
+                setattr(module, name, 0.0)  # which attention passes to a function
+            yield
+        finally:
+            for module, name, value in dropping:
+                setattr(module, name, value)
+
+
+@contextmanager
+def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[None]:
+    """Forwards in this context have these masks, or none, and the run does not know of them."""
+    before = run.step, run.watch, run.masks, run.several, run.pauses
+    run.watch, run.pauses = Watch(run.model), int(phase is None)
+    if phase is not None:
+        run.step = Step(run.step.number, phase, run.step.cycle, run.probes, {}, masks)
+    try:
+        yield
+    finally:
+        run.step, run.watch, run.masks, run.several, run.pauses = before
+
+
+def operations(run: Run, inputs: Inputs) -> float:
+    """Floating point operations of a plain forward; 0 where they cannot be counted without numbers."""
+    with suppress(Exception), weightless(run.model), rehearsal(run, None, None), torch.no_grad():
+        args, kwargs = on_meta(inputs)
+        with FlopCounterMode(display=False) as counter:
+            run.model(*args, **kwargs)
+        return float(counter.get_total_flops())
+    return 0.0
