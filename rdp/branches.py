@@ -47,7 +47,8 @@ class Branch:
         gates: The module outputs that are masked; several where a branch ends in a concatenation.
         idle: Why it does not train, "in eval mode" or "without gradients", if so when it was found; its rate is
             0 then, and it takes no part in the rates of the others.
-        inside: Index of the gated branch that encloses this one, or None.
+        inside: Indices of the nearest branches around this one, through which alone it reaches the output; mostly none.
+            It learns from the rows that one of them lets through.
         note: What a reader of the table should know, such as "ambiguous".
     """
 
@@ -60,7 +61,7 @@ class Branch:
     rate: float = 0.0
     compute: str = "dense"
     gates: tuple[GatePoint, ...] = ()
-    inside: int | None = None
+    inside: tuple[int, ...] = ()
     idle: str = ""
     note: str = ""
 

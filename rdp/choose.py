@@ -13,6 +13,7 @@ from torch import nn
 from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
+from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
 from rdp.masks import branch_rates
@@ -118,16 +119,16 @@ def choose_branches(
             for candidate in found.accepted:
                 if None in rows[id(candidate)].values():
                     candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
+        chosen = _selected(model, options, found)
         located = [
             replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates))
-            for c, b in zip(found.accepted, found.branches(), strict=True)
+            for c, b in zip(chosen, found.branches(chosen), strict=True)
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
         # Branches that were verified are known to be independent.
         unsure = [gate for branch in located if branch.name not in plan.programs for gate in branch.gates]
         odd = first_coupled(model, pair, single, unsure) if by_row else None
-    branches = _selected(model, options, found, located)
-    if not branches:
+    if not located:
         raise BranchError(_nothing_found(model, options, found))
     refused = found.refused() if options.branches is None else ()
     told = []
@@ -141,12 +142,12 @@ def choose_branches(
             f"the rows of a batch influence each other even in eval mode, first in `{odd}`: is the first axis of the "
             "input the batch? If not, use mode='batch'",
         )
-    if all(branch.idle for branch in branches):
+    if all(branch.idle for branch in located):
         told.append(
-            f"all {len(branches)} residual branches that were found are in eval mode or run without gradients, so "
+            f"all {len(located)} residual branches that were found are in eval mode or run without gradients, so "
             "nothing is gated, and training is plain. Attach when they train"
         )
-    rated = tuple(plan.noted(branch) for branch in _rated(branches, located, options))
+    rated = tuple(plan.noted(branch) for branch in _rated(located, options))
     if options.scale_by_keep:
         unscalable = [b.name for b in rated if b.rate > 0 and any(gate.zero_only for gate in b.gates)]
         if unscalable:
@@ -157,21 +158,21 @@ def choose_branches(
     return Choice(rated, refused, plan.programs, tuple(told))
 
 
-def _rated(branches: list[Branch], located: list[Branch], options: Options) -> list[Branch]:
+def _rated(branches: list[Branch], options: Options) -> list[Branch]:
     """The branches with their rates, which those that do not train take no part in."""
-    idle = {b.depth for b in located if b.idle} - {b.depth for b in located if not b.idle}
+    idle = {b.depth for b in branches if b.idle} - {b.depth for b in branches if not b.idle}
     depths = [b.depth - sum(depth < b.depth for depth in idle) for b in branches if not b.idle]
     rates = iter(branch_rates(depths, options.rate, options.decay))
     return [b if b.idle else replace(b, rate=next(rates)) for b in branches]
 
 
-def _selected(model: nn.Module, options: Options, found: Discovery, branches: list[Branch]) -> list[Branch]:
+def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Candidate]:
     if options.branches is None:
-        return branches
+        return found.accepted
     if callable(options.branches):
-        return [b for b in branches if options.branches(b.name, model.get_submodule(b.name))]
+        return [c for c in found.accepted if options.branches(c.name, model.get_submodule(c.name))]
     names = set(options.named)
-    missing = names - {b.name for b in branches}
+    missing = names - {c.name for c in found.accepted}
     if missing:
         reasons = [str(r) for r in found.refused() if r.name in missing]
         why = f" ({listed(reasons)})" if reasons else ""
@@ -179,7 +180,7 @@ def _selected(model: nn.Module, options: Options, found: Discovery, branches: li
             f"branches names {listed(sorted(map(repr, missing)))}, which returned no tensor in a forward of "
             f"{type(model).__name__} and cannot be gated{why}"
         )
-    return [b for b in branches if b.name in names]
+    return [c for c in found.accepted if c.name in names]
 
 
 def _nothing_found(model: nn.Module, options: Options, found: Discovery) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from rdp.branches import Kind
 from rdp.discovery.graph import Graph
+from rdp.discovery.nesting import End, Nesting
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam, find_seams, parameters_after
 
@@ -28,15 +29,20 @@ class Candidate:
     reason: str | None = None
     """Why it cannot be gated soundly."""
     kind: Kind = "named"
+    vouched: bool = False
+    """Gated on the word of the user, who knows better than that reason."""
 
     @property
     def name(self) -> str:
         """The last of the modules that are masked; "" if there is none."""
         return self.seams[-1].call.name if self.seams else ""
 
-    def encloses(self, other: Candidate) -> bool:
-        """Do sums that the other one feeds lie on this branch?"""
-        return other is not self and any(residual.sum in self.path for residual in other.residuals)
+    @property
+    def ends(self) -> list[End]:
+        """Where it is gated."""
+        if self.residuals and (not self.vouched or any(seam.of_block for seam in self.seams)):
+            return [(residual.sum, residual.branch) for residual in self.residuals]
+        return [(None, seam.value) for seam in self.seams]  # what is masked, whatever becomes of it
 
 
 def find_candidates(graph: Graph, model: nn.Module, residuals: list[Residual], named: Sequence[str]) -> list[Candidate]:
@@ -107,10 +113,12 @@ def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate])
     def numel(candidate: Candidate) -> int:
         return sum(sizes.get(name, 0) for name in graph.parameters(candidate.path))
 
+    sound = [c for c in candidates if c.reason is None]
+    nesting = Nesting(graph, [c.ends for c in sound])
     dropped: set[int] = set()
-    for outer in reversed(candidates):  # an outer sum comes after the inner ones
-        inner = [c for c in candidates if outer.encloses(c) and id(c) not in dropped and c.reason is None]
-        if outer.reason is not None or id(outer) in dropped or not inner:
+    for place, outer in reversed([*enumerate(sound)]):  # an outer sum comes after the inner ones
+        inner = [c for i, c in enumerate(sound) if nesting.encloses(place, i) and id(c) not in dropped]
+        if id(outer) in dropped or not inner:
             continue
         if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):
             dropped |= {id(c) for c in inner}
@@ -124,7 +132,7 @@ def _with_named(graph: Graph, candidates: list[Candidate], named: Sequence[str])
     for name in named:
         known = next((c for c in candidates if c.name == name), None)
         if known is not None:
-            known.reason = None
+            known.reason, known.vouched = None, known.reason is not None
             continue
         calls = [call for call in graph.trace.calls if call.name == name and call.outputs]
         if calls:

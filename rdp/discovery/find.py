@@ -15,6 +15,7 @@ from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate, find_candidates
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
+from rdp.discovery.nesting import Nesting
 from rdp.discovery.ownership import parameters_by_branch
 from rdp.discovery.residuals import find_residuals, without_side_inputs
 from rdp.discovery.trace import Call, Trace
@@ -44,25 +45,29 @@ class Discovery:
 
     def refused(self) -> tuple[Refusal, ...]:
         """Residual sums that cannot be gated and are in no branch that is."""
-        accepted = self.accepted
+        nesting = Nesting(self.graph, [c.ends for c in self.accepted])
         return tuple(
             Refusal(c.name, _block(self.graph, c), c.reason)
             for c in self.candidates
-            if c.reason is not None and not any(a.encloses(c) for a in accepted)
+            if c.reason is not None and not all(nesting.is_inside(r.sum) for r in c.residuals)
         )
 
-    def branches(self) -> tuple[Branch, ...]:
-        """Those that can be gated, in forward order; without rates, and it is not known where their rows are."""
-        graph, accepted = self.graph, self.accepted
-        parameters = parameters_by_branch(graph, [_ends(candidate) for candidate in accepted])
-        groups = [_rate_group(graph, candidate) for candidate in accepted]
-        depths = {group: depth for depth, group in enumerate(dict.fromkeys(groups))}
+    def branches(self, chosen: Sequence[Candidate] | None = None) -> tuple[Branch, ...]:
+        """Those that are gated, in forward order; without rates, and it is not known where their rows are.
+
+        Args:
+            chosen: Of the accepted ones, those that are; None: all.
+        """
+        graph, chosen = self.graph, self.accepted if chosen is None else chosen
+        ends = [candidate.ends for candidate in chosen]
+        nesting, parameters = Nesting(graph, ends), parameters_by_branch(graph, ends)
+        groups = dict.fromkeys(_rate_group(graph, candidate) for candidate in self.accepted)
+        depths = {group: depth for depth, group in enumerate(groups)}
         branches = []
-        for candidate, names, group in zip(accepted, parameters, groups, strict=True):
+        for candidate, names, around in zip(chosen, parameters, nesting.around, strict=True):
             sums = max(len(candidate.residuals), 1)
             notes = [f"{sums} sums share one module, and so one mask"] if sums > 1 else []
             notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
-            around = _innermost([i for i, c in enumerate(accepted) if c.encloses(candidate)], accepted)
             branches.append(
                 Branch(
                     name=candidate.name,
@@ -70,9 +75,9 @@ class Discovery:
                     kind=candidate.kind,
                     parameters=tuple(names),
                     sums=sums,
-                    depth=depths[group],
+                    depth=depths[_rate_group(graph, candidate)],
                     gates=_gate_points(candidate),
-                    inside=around[0] if around else None,
+                    inside=around,
                     idle="" if _has_gradients(graph, candidate) else "without gradients",
                     note=", ".join(notes),
                 )
@@ -127,18 +132,8 @@ def _block(graph: Graph, candidate: Candidate) -> str:
 
 def _has_gradients(graph: Graph, candidate: Candidate) -> bool:
     """Is it added where gradients are on?"""
-    added = [value if total is None else total for total, value in _ends(candidate)]
+    added = [value if total is None else total for total, value in candidate.ends]
     return any(graph.values[value].has_gradients for value in added)
-
-
-def _ends(candidate: Candidate) -> list[tuple[int | None, int]]:
-    """The sums that take in the branch, each with the value that it takes in; None where the sum is not known."""
-    return [(r.sum, r.branch) for r in candidate.residuals] or [(None, seam.value) for seam in candidate.seams]
-
-
-def _innermost(inside: list[int], accepted: list[Candidate]) -> list[int]:
-    """Of the candidates `inside` which something lies, those that enclose none of the others."""
-    return [i for i in inside if not any(accepted[i].encloses(accepted[j]) for j in inside)]
 
 
 def _rate_group(graph: Graph, candidate: Candidate) -> str:

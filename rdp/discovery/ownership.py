@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections import defaultdict
 
 from rdp.discovery.graph import Graph
+from rdp.discovery.nesting import End
 
 Place = int | None
 """The number of a branch, or None for what no gate guards."""
 
 
-def parameters_by_branch(graph: Graph, ends: list[list[tuple[int | None, int]]]) -> list[list[str]]:
+def parameters_by_branch(graph: Graph, ends: list[list[End]]) -> list[list[str]]:
     """For each branch the parameters that reach the output through it, and on no way without a gate.
 
     Args:
         graph: Of one forward.
-        ends: For each branch where it is entered from behind: a sum and its branch operand, or (None, value) for a
-            value that is gated wherever it goes.
+        ends: Of each branch, where it is entered from behind.
 
     Returns:
         Names, in the order of `named_parameters`; one that several branches use is listed by each.
     """
     entered = {end: place for place, branch_ends in enumerate(ends) for end in branch_ends}
     seen: dict[Place, set[int]] = defaultdict(set)
-    todo: list[tuple[int, Place]] = [(output, None) for output in graph.trace.root.outputs or (len(graph.values) - 1,)]
+    todo: list[tuple[int, Place]] = [(output, None) for output in graph.outputs]
     behind_gates: list[tuple[int, Place]] = []
     while todo or behind_gates:
         if not todo:

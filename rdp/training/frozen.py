@@ -55,10 +55,9 @@ class Frozen:
         self._ungated = torch.tensor([branch.rate == 0 for branch in branches], dtype=torch.bool, device="cpu")
 
         def depth(index: int) -> int:
-            around = branches[index].inside
-            return 0 if around is None else 1 + depth(around)
+            return max((1 + depth(around) for around in branches[index].inside), default=0)
 
-        nested = [(i, branch.inside) for i, branch in enumerate(branches) if branch.inside is not None]
+        nested = [(i, list(branch.inside)) for i, branch in enumerate(branches) if branch.inside]
         self._nested = sorted(nested, key=lambda pair: depth(pair[0]))
 
     def live(self, masks: Tensor, phase: Phase, plain: Collection[int] = ()) -> Tensor:
@@ -72,8 +71,8 @@ class Frozen:
         learning = (~masks if phase is Phase.FREEZE else masks) | self._ungated[:, None]
         for branch in plain:
             learning[branch] = True
-        for inner, outer in self._nested:
-            learning[inner] &= learning[outer]
+        for inner, around in self._nested:
+            learning[inner] &= learning[around].any(0)
         return learning.any(1)
 
     def live_in_any(self, forwards: Sequence[Tensor]) -> Tensor:

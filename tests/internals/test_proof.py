@@ -90,7 +90,7 @@ def test_a_part_in_eval_mode_that_is_dropped_is_seen(part, mode):
 def test_a_wrong_account_of_what_lies_inside_what_is_seen():
     model, handle = attached(lambda: BlockMLP(KINDS), mode="batch")
     run = handle._run
-    run.branches = tuple(replace(b, inside=i + 1 if i < 2 else None) for i, b in enumerate(run.branches))
+    run.branches = tuple(replace(b, inside=(i + 1,) if i < 2 else ()) for i, b in enumerate(run.branches))
     run.found(run.branches)
     found = violations(model, handle)
     assert found

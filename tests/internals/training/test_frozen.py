@@ -65,7 +65,7 @@ def test_two_places_are_two_even_if_they_hold_the_same():
 # -- which branches learn ---------------------------------------------------------------------------------------------
 
 
-def branches(rates: list[float], inside: list[int | None]) -> list[Branch]:
+def branches(rates: list[float], inside: list[tuple[int, ...]]) -> list[Branch]:
     return [
         Branch(f"b{i}", "", "identity", (), rate=rate, inside=around)
         for i, (rate, around) in enumerate(zip(rates, inside, strict=True))
@@ -74,12 +74,12 @@ def branches(rates: list[float], inside: list[int | None]) -> list[Branch]:
 
 @given(st.data(), st.sampled_from(Phase))
 def test_a_branch_learns_if_some_row_reaches_it_through_all_branches_around_it(data, phase):
-    """Enclosing branches may come before or after the enclosed ones, and be enclosed themselves."""
+    """Enclosing branches may come before or after the enclosed ones, be enclosed themselves, and run side by side."""
     count = data.draw(st.integers(1, 5))
     order = data.draw(st.permutations(range(count)))
-    inside: list[int | None] = [None] * count
+    inside: list[tuple[int, ...]] = [()] * count
     for position, branch in enumerate(order[1:], start=1):
-        inside[branch] = data.draw(st.sampled_from([None, *order[:position]]))
+        inside[branch] = tuple(data.draw(st.lists(st.sampled_from(order[:position]), max_size=2, unique=True)))
     rates = data.draw(st.lists(st.sampled_from([0.0, 0.5]), min_size=count, max_size=count))
     rows = data.draw(st.integers(1, 4))
     row = st.lists(st.booleans(), min_size=rows, max_size=rows)
@@ -92,7 +92,7 @@ def test_a_branch_learns_if_some_row_reaches_it_through_all_branches_around_it(d
     def learns(branch: int, row: int) -> bool:
         here = rates[branch] == 0 or masks[branch][row] == (phase is not Phase.FREEZE)
         around = inside[branch]
-        return here and (around is None or learns(around, row))
+        return here and (not around or any(learns(one, row) for one in around))
 
     live = Frozen(branches(rates, inside), {}).live(torch.tensor(masks), phase)
     assert live.tolist() == [any(learns(branch, row) for row in range(rows)) for branch in range(count)]
@@ -103,8 +103,8 @@ def test_a_branch_learns_if_some_row_reaches_it_through_all_branches_around_it(d
 def test_of_three_nested_branches_the_innermost_needs_all(order):
     """Whichever comes first; the middle one is decided before the inner one asks it."""
     outer, middle, inner = order
-    inside: list[int | None] = [None] * 3
-    inside[middle], inside[inner] = outer, middle
+    inside: list[tuple[int, ...]] = [()] * 3
+    inside[middle], inside[inner] = (outer,), (middle,)
     frozen = Frozen(branches([0.5] * 3, inside), {})
     for keep in itertools.product([False, True], repeat=3):
         live = frozen.live(torch.tensor(keep)[:, None], Phase.DROP)
@@ -118,14 +118,14 @@ def forward(*live: bool) -> Forward:
 
 
 def test_a_branch_is_live_in_a_step_if_it_is_so_in_one_of_its_forwards():
-    frozen = Frozen(branches([0.5] * 3, [None] * 3), {})
+    frozen = Frozen(branches([0.5] * 3, [()] * 3), {})
     live = frozen.live_in_any([f.live for f in (forward(True, False, False), forward(False, False, True))])
     assert live.tolist() == [True, False, True]
 
 
 def test_without_forwards_everything_learns():
     """Whatever moves then was not decided by a mask."""
-    live = Frozen(branches([0.5] * 2, [None] * 2), {}).live_in_any([])
+    live = Frozen(branches([0.5] * 2, [()] * 2), {}).live_in_any([])
     assert live.tolist() == [True, True]
     assert live.dtype == torch.bool
 
