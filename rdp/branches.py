@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 Kind = Literal["identity", "parallel", "projection", "named"]
 
@@ -17,16 +19,42 @@ class RowAxis:
 
 
 @dataclass(frozen=True)
-class GatePoint:
-    """A module output that a hook masks: tensor number `leaf` of what `module` returns, along `rows`."""
+class Point:
+    """A tensor that a hook changes: number `leaf` of those that `module` returns, with its rows along `rows`."""
 
     module: str
     leaf: int
     rows: RowAxis | None
+
+    @property
+    def side(self) -> str:
+        """Of the module."""
+        return "output"
+
+
+@dataclass(frozen=True)
+class GatePoint(Point):
+    """A module output that a hook masks."""
+
     zero_only: bool = False
     """A function between here and the sum keeps zeros but does not commute with rescaling, so only 0/1 masks fit."""
     of_block: bool = False
     """The module is the whole block: undropped rows take its output, dropped ones its input."""
+
+
+@dataclass(frozen=True)
+class CutPoint(Point):
+    """What a branch is multiplied by, from outside: in FREEZE its undropped rows send no gradient back."""
+
+    of_input: bool = False
+    """The module takes the tensor, instead of returning it."""
+    elements: Tensor | None = field(default=None, repr=False, compare=False)
+    """Bool, and broadcasts to the tensor: those that belong to this branch; None for all."""
+
+    @property
+    def side(self) -> str:
+        """Of the module."""
+        return "input" if self.of_input else "output"
 
 
 @dataclass(frozen=True)
@@ -45,6 +73,7 @@ class Branch:
         rate: Drop probability; 0 means that the branch is not gated at all.
         compute: "dense" runs all rows; "rows" runs only the rows that the step needs.
         gates: The module outputs that are masked; several where a branch ends in a concatenation.
+        cuts: Where else FREEZE stops gradients: what is not made from x but multiplied into the branch.
         idle: Why it does not train, "in eval mode" or "without gradients", if so when it was found; its rate is
             0 then, and it takes no part in the rates of the others.
         inside: Indices of the nearest branches around this one, through which alone it reaches the output; mostly none.
@@ -61,6 +90,7 @@ class Branch:
     rate: float = 0.0
     compute: str = "dense"
     gates: tuple[GatePoint, ...] = ()
+    cuts: tuple[CutPoint, ...] = ()
     inside: tuple[int, ...] = ()
     idle: str = ""
     note: str = ""

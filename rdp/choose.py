@@ -19,8 +19,9 @@ from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathEr
 from rdp.masks import branch_rates
 from rdp.native import find_native_drops
 from rdp.options import Options
+from rdp.phases import Phase
 from rdp.rows.axes import first_coupled
-from rdp.rows.plan import Plan, locate_rows, plan_rows
+from rdp.rows.plan import Plan, locate_cuts, locate_rows, plan_rows
 from rdp.rows.program import Program
 
 
@@ -100,11 +101,12 @@ def choose_branches(
     by_row = options.mode == "row"
     # A model that is in eval mode as a whole does not say which of its parts will train.
     evaluated = {name for name, module in model.named_modules() if model.training and not module.training}
+    stops = options.freeze == "output" and Phase.FREEZE in options.phases
     with forwards.undisturbed(model):
         pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
         found, plan = None, Plan({}, {}, wrong=False)
         for graph, alone in traced(model, pair, single):
-            found = find_branches(graph, model, options.named)
+            found = find_branches(graph, model, options.named, stops)
             for candidate in found.accepted:
                 candidate.reason = None if candidate.name in options.named else (unsound or {}).get(candidate.name)
             if options.compute != "dense":
@@ -115,16 +117,24 @@ def choose_branches(
         assert found is not None
         plan = plan.without(dense or {})
         rows = {id(c): locate_rows(c, found.graph, alone) for c in found.accepted}
+        cuts = {id(c): locate_cuts(c, found.graph, alone) for c in found.accepted}
         if by_row:
             for candidate in found.accepted:
                 if None in rows[id(candidate)].values():
                     candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
+                elif any(cut.rows is None for cut in cuts[id(candidate)]):
+                    candidate.reason = (
+                        "it is multiplied by something from outside that has no axis that follows the batch, so what "
+                        "that is made of would learn from frozen rows; mode='batch' needs none"
+                    )
         chosen = _selected(model, options, found)
         located = [
-            replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates))
+            replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates), cuts=cuts[id(c)])
             for c, b in zip(chosen, found.branches(chosen), strict=True)
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
+        outer = {located[place].name for branch in located for place in branch.inside}
+        plan = plan.without(dict.fromkeys(outer, "another branch lies inside it"))
         # Branches that were verified are known to be independent.
         unsure = [gate for branch in located if branch.name not in plan.programs for gate in branch.gates]
         odd = first_coupled(model, pair, single, unsure) if by_row else None

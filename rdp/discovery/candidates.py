@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from rdp.branches import Kind
+from rdp.discovery.cuts import Cut, NoCut, find_cuts
 from rdp.discovery.graph import Graph
 from rdp.discovery.nesting import End, Nesting
 from rdp.discovery.residuals import Residual
@@ -29,6 +30,8 @@ class Candidate:
     reason: str | None = None
     """Why it cannot be gated soundly."""
     kind: Kind = "named"
+    cuts: list[Cut] = field(default_factory=list)
+    """Where else FREEZE stops gradients."""
     vouched: bool = False
     """Gated on the word of the user, who knows better than that reason."""
 
@@ -45,7 +48,9 @@ class Candidate:
         return [(None, seam.value) for seam in self.seams]  # what is masked, whatever becomes of it
 
 
-def find_candidates(graph: Graph, model: nn.Module, residuals: list[Residual], named: Sequence[str]) -> list[Candidate]:
+def find_candidates(
+    graph: Graph, model: nn.Module, residuals: list[Residual], named: Sequence[str], stops: bool
+) -> list[Candidate]:
     """The candidates of all residual sums, in forward order, and the modules that the user has named.
 
     Args:
@@ -53,8 +58,16 @@ def find_candidates(graph: Graph, model: nn.Module, residuals: list[Residual], n
         model: The traced model.
         residuals: Its residual sums.
         named: Modules to gate although they were not found, or refused.
+        stops: Must gradients be stopped, as FREEZE does?
     """
-    return _with_named(graph, _without_nested(graph, model, _candidates(graph, residuals)), named)
+    candidates = _candidates(graph, residuals)
+    for candidate in candidates if stops else ():
+        if candidate.reason is None:
+            try:
+                candidate.cuts = find_cuts(graph, candidate.residuals, candidate.seams, candidate.path)
+            except NoCut as why:
+                candidate.reason = str(why)
+    return _with_named(graph, _without_nested(graph, model, candidates), named)
 
 
 def _candidates(graph: Graph, residuals: list[Residual]) -> list[Candidate]:

@@ -102,13 +102,20 @@ def traced(model: nn.Module, *inputs: Inputs) -> Iterator[tuple[Graph, ...]]:
     yield tuple(Graph(Trace(model).run(*each)) for each in inputs)
 
 
-def find_branches(graph: Graph, model: nn.Module, named: Sequence[str] = ()) -> Discovery:
-    """Find every residual branch in a forward of `model`; the user vouches for `named` ones, found or not."""
+def find_branches(graph: Graph, model: nn.Module, named: Sequence[str] = (), stops: bool = True) -> Discovery:
+    """Find every residual branch in a forward of a model.
+
+    Args:
+        graph: The forward.
+        model: The model.
+        named: Modules that the user vouches for, found or not.
+        stops: Must gradients be stopped, as FREEZE does? Else, what a branch is multiplied by is of no interest.
+    """
     residuals, rejected = find_residuals(graph)
     additions = len(residuals) + len(rejected)
     residuals, side_inputs = without_side_inputs(graph, residuals)
     reasons = Counter(rejection.reason for rejection in [*rejected, *side_inputs])
-    return Discovery(graph, find_candidates(graph, model, residuals, named), additions, reasons)
+    return Discovery(graph, find_candidates(graph, model, residuals, named, stops), additions, reasons)
 
 
 def _gate_points(candidate: Candidate) -> tuple[GatePoint, ...]:

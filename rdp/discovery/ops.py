@@ -16,6 +16,11 @@ VIEW = _names(
 )
 """Same numbers in another form (or dropout, which is the identity in eval): the same value, for our purposes."""
 
+_SAME_PLACE = _names(
+    "contiguous to type float half bfloat16 double clone type_as alias dropout requires_grad_ as_subclass"
+)
+"""Of these views, those that keep the form, too."""
+
 SLICE = _names("__getitem__ chunk split narrow unbind tensor_split index_select gather select")
 """Part of the numbers."""
 
@@ -32,6 +37,20 @@ COMMUTES = VIEW | SLICE | SCALE | GATHER
 
 KEEPS_ZERO = _names("relu relu_ gelu silu tanh leaky_relu hardswish mish elu relu6")
 """f(0) == 0: commutes with masks of zeros and ones, not with rescaled ones."""
+
+MOVES = (VIEW | SLICE | _names("expand expand_as repeat tile broadcast_to flip roll")) - _SAME_PLACE
+"""Each number of the result is one of the input's, at another place."""
+
+ELEMENTWISE = (
+    _SAME_PLACE
+    | SCALE
+    | KEEPS_ZERO
+    | _names(
+        "add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ rsub __rsub__ __mul__ __rmul__ __neg__ sigmoid sigmoid_ "
+        "softplus exp square sqrt clamp hardsigmoid hardtanh logsigmoid sin cos erf pow __pow__ reciprocal abs"
+    )
+)
+"""Each number of the result comes from those at the same place in the inputs, which are broadcast."""
 
 DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout")
 

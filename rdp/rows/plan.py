@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from rdp.branches import Branch, RowAxis
+from rdp.branches import Branch, CutPoint, RowAxis
 from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
@@ -28,14 +29,15 @@ class Plan:
         wrong: Has a branch turned out to be otherwise than its program?
     """
 
-    programs: Mapping[str, Program]
-    dense: Mapping[str, str]
+    programs: dict[str, Program]
+    dense: dict[str, str]
     wrong: bool
 
     def without(self, dense: Mapping[str, str]) -> Plan:
-        """The plan in which these branches, each with the reason, run all rows."""
+        """The plan in which these, each with the reason, run all rows, if they do not already."""
+        reasons = {name: why for name, why in dense.items() if name in self.programs}
         programs = {name: program for name, program in self.programs.items() if name not in dense}
-        return replace(self, programs=programs, dense={**self.dense, **dense})
+        return replace(self, programs=programs, dense=self.dense | reasons)
 
     def noted(self, branch: Branch) -> Branch:
         """The branch, with what is known of its rows."""
@@ -75,6 +77,27 @@ def locate_rows(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[
         if twin is not None and leaf < len(twin.outputs):
             axes[name, leaf] = row_axis(pair.values[seam.value].shape, single.values[twin.outputs[leaf]].shape)
     return axes
+
+
+def locate_cuts(candidate: Candidate, pair: Graph, single: Graph) -> tuple[CutPoint, ...]:
+    """What FREEZE cuts besides the outputs that end a branch, each with its rows; a call stands for all of a module."""
+    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
+    points: dict[tuple[str, bool, int], CutPoint] = {}
+    for cut in candidate.cuts:
+        twin = twins.get((cut.call.name, cut.call.ordinal))
+        alone = () if twin is None else twin.inputs if cut.of_input else twin.outputs
+        rows, elements = None, cut.elements
+        if cut.leaf < len(alone):
+            rows = row_axis(pair.values[cut.value].shape, single.values[alone[cut.leaf]].shape)
+        for axis in range(elements.dim()):
+            first = elements.narrow(axis, 0, 1)
+            if torch.equal(first.expand_as(elements), elements):
+                elements = first  # and fits other lengths
+        if rows is not None and elements.shape[rows.axis] != 1:
+            rows = None
+        point = CutPoint(cut.call.name, cut.leaf, rows, cut.of_input, None if elements.all() else elements.clone())
+        points[cut.call.name, cut.of_input, cut.leaf] = point
+    return tuple(points.values())
 
 
 def _program(pair: Graph, single: Graph, model: nn.Module, candidate: Candidate, allow_batch_norm: bool) -> Program:

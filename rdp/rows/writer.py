@@ -58,6 +58,8 @@ def branch_program(
         raise NotIndependent("a bare function applies dropout")
     writer = _Writer(graph, single, residual, path)
     for item in itertools.dropwhile(lambda item: not isinstance(item, Call), _sequence(graph, residual, path)):
+        if isinstance(item, Call) and _side_outputs(graph, single, item, path):
+            raise NotIndependent(f"`{item.name}` makes something else of the rows, too")
         writer.write(item)
     operations = writer.operations
     start = _start(operations[0], path | {residual.fork})
@@ -75,6 +77,23 @@ def branch_program(
     shape, result_leaf = graph.values[start].shape, seam.call.outputs.index(seam.value)
     kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, operations))
     return Program(start, seam.value, tuple(operations), axes, shape, result_leaf, batch_norm, kind)
+
+
+def _side_outputs(graph: Graph, single: Graph, call: Call, path: set[int]) -> list[int]:
+    """Values that a module of the branch makes of other tensors than x, and that are used elsewhere, with all rows.
+
+    A gate from outside, for example, that a norm returns beside its own output.
+    """
+
+    def follows_batch(value: int) -> bool:
+        return any(graph.values[i].shape != single.values[i].shape for i in {value} | graph.ancestors(value, since=0))
+
+    def used_elsewhere(value: int) -> bool:
+        users = [user for user in graph.values[value].users if not call.begin <= user < call.end]
+        return graph.reaches_output(users + [value] * (value in graph.outputs), around=())
+
+    made = range(call.begin, min(call.end, len(graph.values)))
+    return [value for value in made if value not in path and used_elsewhere(value) and follows_batch(value)]
 
 
 def _classes(model: nn.Module, operations: list[Operation]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rdp import trees
-from rdp.branches import GatePoint
+from rdp.branches import Point
 from rdp.errors import ForwardError
 from rdp.phases import Phase
 
@@ -66,7 +66,24 @@ def gate(
     return lost.to(x.dtype, copy=True) if isinstance(lost, Tensor) else torch.zeros_like(x)
 
 
-def broadcast_rows(keep: Tensor, x: Tensor, point: GatePoint) -> Tensor:
+def cut(keep: Tensor | bool, x: Tensor, elements: Tensor | None) -> Tensor:
+    """What FREEZE makes of a factor of the branch that is not made from its x: undropped rows teach it nothing.
+
+    In DROP there is nothing to do: what is multiplied by zero gets no gradient.
+
+    Args:
+        keep: Bool tensor that broadcasts to `x`, `True` for undropped rows; a bool if all rows are alike.
+        x: The factor, or something that it is made of.
+        elements: Bool tensor that broadcasts to `x`, `True` for what belongs to this branch; None: all does.
+
+    Source: Algorithm 1, where the whole product is detached.
+    """
+    if elements is not None and keep is not False:
+        keep = elements if keep is True else keep & elements
+    return gate(Phase.FREEZE, keep, x)
+
+
+def broadcast_rows(keep: Tensor, x: Tensor, point: Point) -> Tensor:
     """Shape a mask of N rows so that it broadcasts to `x`.
 
     Args:
@@ -85,9 +102,9 @@ def broadcast_rows(keep: Tensor, x: Tensor, point: GatePoint) -> Tensor:
         fold, rest = divmod(length, rows)
         if rest:
             raise ForwardError(
-                f"the output of `{point.module}` has shape {tuple(x.shape)}, whose axis {axis} should hold the {rows} "
-                "rows of the batch; its layout differs from the forward in which branches were found. Remove the "
-                "handle and attach again with example_inputs of the present form, or use mode='batch'"
+                f"the {point.side} of `{point.module}` has shape {tuple(x.shape)}, whose axis {axis} should hold the "
+                f"{rows} rows of the batch; its layout differs from the forward in which branches were found. Remove "
+                "the handle and attach again with example_inputs of the present form, or use mode='batch'"
             )
         keep = keep.repeat_interleave(fold)
     shape = [1] * x.dim()

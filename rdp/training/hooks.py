@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rdp import frames, trees
-from rdp.branches import Branch, GatePoint
+from rdp.branches import Branch, CutPoint, GatePoint
 from rdp.copies import Hook
 from rdp.errors import ForwardError
 from rdp.phases import Phase
@@ -57,6 +57,12 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
     keep_prob = 1 - branch.rate if run.options.scale_by_keep else None
     for point in branch.gates:
         yield model.get_submodule(point.module).register_forward_hook(GateHook(run, index, point, keep_prob, on_rows))
+    for cut in branch.cuts:
+        module, hook = model.get_submodule(cut.module), CutHook(run, index, cut)
+        if cut.of_input:
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            yield module.register_forward_hook(hook)
 
 
 class RunHook(Hook):
@@ -208,6 +214,49 @@ class IdleHook(RunHook):
         run = self.run
         if torch.is_grad_enabled() and run.blocks[self.branch].training and current_forward(run) is not None:
             run.watch.wakes(run.branches[self.branch])
+
+
+class CutHook(RunHook):
+    """Hook of a module that takes or returns what a branch is multiplied by, and that is not made from its x.
+
+    Args:
+        run: That of the model.
+        branch: Index of the branch.
+        point: Which tensor is cut, and along which axis.
+    """
+
+    def __init__(self, run: Run, branch: int, point: CutPoint) -> None:
+        super().__init__(run, self.cut, self.cut_traced)
+        self.branch = branch
+        self.point = point
+
+    def cut(self, module: nn.Module, *given: Any) -> Any:
+        """Stop the gradients of undropped rows in FREEZE; None leaves the tensor as it is."""
+        forward = current_forward(self.run)
+        if forward is None or forward.phase is not Phase.FREEZE or not forward.kept[self.branch]:
+            return None
+        if self.branch in forward.plain:
+            return None
+        all_kept = forward.kept[self.branch] == forward.rows and may_leave_no_graph(self.run)
+        return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device))
+
+    def cut_traced(self, module: nn.Module, *given: Any) -> Any:
+        """The same in one graph for all masks."""
+        masks, phase = self.run.compiled, self.run.step.phase
+        if masks is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
+            return None
+        return self._cut(given, lambda x: masks[0][self.branch].to(x.device, non_blocking=True))
+
+    def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool]) -> Any:
+        place = given if self.point.of_input else given[-1]
+        x = place if isinstance(place, Tensor) else list(trees.tensors(place))[self.point.leaf]
+        if not x.requires_grad:
+            return None
+        keep, elements = rows(x), self.point.elements
+        if isinstance(keep, Tensor):
+            keep = gates.broadcast_rows(keep, x, self.point)
+        cut = gates.cut(keep, x, None if elements is None else elements.to(x.device, non_blocking=True))
+        return trees.with_tensor(place, self.point.leaf, cut)
 
 
 def is_plain(forward: Forward, branch: int) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.training import loss
 from torch import Tensor, nn
 
 import rdp
+from laws.training import loss
 
 WIDTH = 4
 
