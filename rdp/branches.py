@@ -12,10 +12,22 @@ Kind = Literal["identity", "parallel", "projection", "named"]
 
 @dataclass(frozen=True)
 class RowAxis:
-    """Where the rows (samples) of a tensor are: entry `r * fold + i` of `axis` belongs to row r."""
+    """Where the rows (samples) of a tensor are.
+
+    Of the `fold` entries that a row has on `axis`, as many as `inner = fold // outer` stand side by side: entry
+    `(o * rows + r) * inner + i` belongs to row r. Windows and tokens folded into the batch have `outer` 1, views put
+    together by `cat([a, b])` have 2.
+    """
 
     axis: int
     fold: int = 1
+    outer: int = 1
+
+    def outer_of(self, fold: int) -> int | None:
+        """`outer` where a row has another number of entries; None if that cannot be told."""
+        if self.outer == 1 or fold == self.fold:
+            return self.outer
+        return fold if self.outer == self.fold else None
 
 
 @dataclass(frozen=True)

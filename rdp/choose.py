@@ -20,8 +20,8 @@ from rdp.masks import branch_rates
 from rdp.native import find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
-from rdp.rows.axes import first_coupled
-from rdp.rows.plan import Plan, locate_cuts, locate_rows, plan_rows
+from rdp.rows.places import locate, settle_by_row
+from rdp.rows.plan import Plan, plan_rows
 from rdp.rows.program import Program
 
 
@@ -116,28 +116,18 @@ def choose_branches(
                 break
         assert found is not None
         plan = plan.without(dense or {})
-        rows = {id(c): locate_rows(c, found.graph, alone) for c in found.accepted}
-        cuts = {id(c): locate_cuts(c, found.graph, alone) for c in found.accepted}
-        if by_row:
-            for candidate in found.accepted:
-                if None in rows[id(candidate)].values():
-                    candidate.reason = "its output has no axis that follows the batch; mode='batch' needs none"
-                elif any(cut.rows is None for cut in cuts[id(candidate)]):
-                    candidate.reason = (
-                        "it is multiplied by something from outside that has no axis that follows the batch, so what "
-                        "that is made of would learn from frozen rows; mode='batch' needs none"
-                    )
+        places = locate(found.accepted, found.graph, alone)
+        odd = settle_by_row(found, places, model, pair, single, plan.programs) if by_row else None
         chosen = _selected(model, options, found)
         located = [
-            replace(b, gates=tuple(replace(g, rows=rows[id(c)][g.module, g.leaf]) for g in b.gates), cuts=cuts[id(c)])
-            for c, b in zip(chosen, found.branches(chosen), strict=True)
+            replace(b, gates=tuple(replace(g, rows=at.gates[g.module, g.leaf]) for g in b.gates), cuts=at.cuts)
+            for at, b in zip([places[id(c)] for c in chosen], found.branches(chosen), strict=True)
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
-        outer = {located[place].name for branch in located for place in branch.inside}
+        outer = {c.name for c in chosen if any(c.holds(other) for other in chosen)}
         plan = plan.without(dict.fromkeys(outer, "another branch lies inside it"))
-        # Branches that were verified are known to be independent.
-        unsure = [gate for branch in located if branch.name not in plan.programs for gate in branch.gates]
-        odd = first_coupled(model, pair, single, unsure) if by_row else None
+        scattered = {b.name for b in located if any(gate.rows and gate.rows.outer > 1 for gate in b.gates)}
+        plan = plan.without(dict.fromkeys(scattered, "the entries of a row do not stand side by side"))
     if not located:
         raise BranchError(_nothing_found(model, options, found))
     refused = found.refused() if options.branches is None else ()

@@ -40,6 +40,10 @@ class Candidate:
         """The last of the modules that are masked; "" if there is none."""
         return self.seams[-1].call.name if self.seams else ""
 
+    def holds(self, other: Candidate) -> bool:
+        """Is the other one masked on the way from x to the end of this one?"""
+        return other is not self and any(seam.value in self.path for seam in other.seams)
+
     @property
     def ends(self) -> list[End]:
         """Where it is gated."""
@@ -130,7 +134,10 @@ def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate])
     nesting = Nesting(graph, [c.ends for c in sound])
     dropped: set[int] = set()
     for place, outer in reversed([*enumerate(sound)]):  # an outer sum comes after the inner ones
-        inner = [c for i, c in enumerate(sound) if nesting.encloses(place, i) and id(c) not in dropped]
+        # What lies inside but on no way from x, such as queries that are made elsewhere, is another branch's business.
+        inner = [
+            c for i, c in enumerate(sound) if outer.holds(c) and nesting.encloses(place, i) and id(c) not in dropped
+        ]
         if id(outer) in dropped or not inner:
             continue
         if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):

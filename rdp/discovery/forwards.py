@@ -139,6 +139,16 @@ def take_rows(inputs: Inputs, rows: int) -> Inputs:
     return cut_inputs
 
 
+def varied(inputs: Inputs) -> Inputs | None:
+    """Random numbers in the place of these inputs, where they are floating point; None if none are."""
+
+    def change(value: Any) -> Any:
+        return torch.rand_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    changed: Inputs = trees.map_leaves(change, inputs)
+    return changed if changed is not inputs else None
+
+
 class Enough(BaseException):
     """Ends a forward of which enough was seen; no `Exception`, which a model might handle."""
 

@@ -1,17 +1,22 @@
 """Which axis of a tensor holds the rows, and whether rows influence each other, seen on two rows and on one.
 
 The axis that halves is the batch axis. It is not always the first: XLNet has it second, and MobileViT folds tokens
-into it, so that one row of the batch is several consecutive entries.
+into it, so that one row of the batch is several entries. In which order these are, no shape tells, but numbers do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rdp.branches import GatePoint, RowAxis
-from rdp.discovery.forwards import Inputs, observe
+from rdp.branches import RowAxis
+from rdp.discovery.forwards import Inputs, observe, take_rows, varied
+
+Place = tuple[str, int]
+"""A module and the number of one of its output tensors."""
 
 _COUPLED, _ROUNDING = 1e-2, 1e-4
 """Relative errors: more than the first shows that rows influence each other; up to the second is rounding."""
@@ -27,29 +32,56 @@ def row_axis(pair: Sequence[int], single: Sequence[int]) -> RowAxis | None:
     return RowAxis(differing[0], single[differing[0]])
 
 
-def first_coupled(model: nn.Module, pair: Inputs, single: Inputs, gates: Sequence[GatePoint]) -> str | None:
-    """The first module in whose output rows influence each other.
+def settle(
+    model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place, RowAxis], sure: Collection[Place]
+) -> tuple[dict[Place, RowAxis | None], str | None]:
+    """Look at the numbers: how are rows laid out, and do they influence each other?
 
-    There the error jumps; rounding errors grow slowly.
+    Args:
+        model: The model.
+        pair: Inputs of two rows.
+        single: Of these the first.
+        axes: The axes of module outputs, in forward order.
+        sure: Those in which rows are known to be independent.
+
+    Returns:
+        Of the outputs that were looked at the axes, with the layout; None if a row's entries are in no known order.
+        And the first module in whose output rows influence each other: there the error jumps, while rounding errors
+        grow slowly.
     """
-    gates = [gate for gate in gates if gate.rows is not None]
-    if not gates:
-        return None
-    two, one = (observe(model, inputs, {gate.module for gate in gates}) for inputs in (pair, single))
-    before = 0.0
-    for gate in gates:
-        assert gate.rows is not None
-        error = _row_error(two[gate.module][gate.leaf], one[gate.module][gate.leaf], gate.rows)
-        if error > _COUPLED and before < _ROUNDING:
-            return gate.module
-        before = max(before, error)
-    return None
+    axes = {place: where for place, where in axes.items() if where.fold > 1 or place not in sure}
+    if not axes:
+        return {}, None
+    two, one = (observe(model, inputs, {module for module, _ in axes}) for inputs in (pair, single))
+    settled: dict[Place, RowAxis | None] = {}
+    unclear: dict[Place, RowAxis] = {}
+    coupled, before = None, 0.0
+    for (module, leaf), where in axes.items():
+        layouts = [replace(where, outer=n) for n in range(1, where.fold + 1) if where.fold % n == 0]
+        errors = {layout: _row_error(two[module][leaf], one[module][leaf], layout) for layout in layouts}
+        fitting = [layout for layout in layouts if errors[layout] <= _COUPLED]
+        best = fitting[0] if fitting else min(layouts, key=lambda layout: errors[layout])
+        settled[module, leaf] = best
+        if len(fitting) > 1:
+            unclear[module, leaf] = where
+        if not fitting and before < _ROUNDING:
+            if where.fold > 1:
+                settled[module, leaf] = None
+                continue
+            coupled = module
+        before = max(before, errors[best])
+    if unclear and (other := varied(pair)) is not None:
+        # Inputs of zeros, say, have the same numbers in all entries. With other inputs a model may do anything.
+        with suppress(Exception):
+            settled |= settle(model, other, take_rows(other, 1), unclear, ())[0]
+    return settled, coupled
 
 
 def _row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:
     """How much the first row differs beside a second one, relative to the largest number in it."""
-    if pair.is_meta or not pair.is_floating_point() or not single.numel():
+    before, after = single.shape[: where.axis], single.shape[where.axis + 1 :]
+    if pair.is_meta or not pair.is_floating_point() or pair.numel() != 2 * single.numel() or not single.numel():
         return 0.0
-    first = pair.narrow(where.axis, 0, where.fold).double()
-    error = (first - single.double()).abs().max()
+    apart = pair.reshape(*before, where.outer, 2, where.fold // where.outer, *after)
+    error = (apart.select(where.axis + 1, 0).reshape(single.shape).double() - single.double()).abs().max()
     return float(error / single.double().abs().max().clamp_min(1e-300))

@@ -1,19 +1,17 @@
-"""Where the rows of each branch are, and which branches can be run on some of them."""
+"""Which branches can be run on some of their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
-from rdp.branches import Branch, CutPoint, RowAxis
+from rdp.branches import Branch
 from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
-from rdp.rows.axes import row_axis
 from rdp.rows.program import Program, draws_random_numbers
 from rdp.rows.verify import verify_programs
 from rdp.rows.writer import NotIndependent, branch_program
@@ -64,40 +62,6 @@ def plan_rows(
     wrong = verify_programs(model, pair, programs)
     programs = {name: program for name, program in programs.items() if name not in wrong}
     return Plan(programs, dense | wrong, bool(wrong))
-
-
-def locate_rows(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[str, int], RowAxis | None]:
-    """Where the outputs that end a branch have rows, by module and number, from forwards of two rows and of one."""
-    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
-    axes: dict[tuple[str, int], RowAxis | None] = {}
-    for seam in candidate.seams:
-        name, leaf = seam.call.name, seam.call.outputs.index(seam.value)
-        twin = twins.get((name, seam.call.ordinal))
-        axes[name, leaf] = None
-        if twin is not None and leaf < len(twin.outputs):
-            axes[name, leaf] = row_axis(pair.values[seam.value].shape, single.values[twin.outputs[leaf]].shape)
-    return axes
-
-
-def locate_cuts(candidate: Candidate, pair: Graph, single: Graph) -> tuple[CutPoint, ...]:
-    """What FREEZE cuts besides the outputs that end a branch, each with its rows; a call stands for all of a module."""
-    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
-    points: dict[tuple[str, bool, int], CutPoint] = {}
-    for cut in candidate.cuts:
-        twin = twins.get((cut.call.name, cut.call.ordinal))
-        alone = () if twin is None else twin.inputs if cut.of_input else twin.outputs
-        rows, elements = None, cut.elements
-        if cut.leaf < len(alone):
-            rows = row_axis(pair.values[cut.value].shape, single.values[alone[cut.leaf]].shape)
-        for axis in range(elements.dim()):
-            first = elements.narrow(axis, 0, 1)
-            if torch.equal(first.expand_as(elements), elements):
-                elements = first  # and fits other lengths
-        if rows is not None and elements.shape[rows.axis] != 1:
-            rows = None
-        point = CutPoint(cut.call.name, cut.leaf, rows, cut.of_input, None if elements.all() else elements.clone())
-        points[cut.call.name, cut.of_input, cut.leaf] = point
-    return tuple(points.values())
 
 
 def _program(pair: Graph, single: Graph, model: nn.Module, candidate: Candidate, allow_batch_norm: bool) -> Program:

@@ -88,7 +88,7 @@ def broadcast_rows(keep: Tensor, x: Tensor, point: Point) -> Tensor:
 
     Args:
         keep: Bool `Tensor[N]`.
-        x: The tensor to mask; its row axis has N entries, or a multiple of N where tokens are folded into the batch.
+        x: The tensor to mask; its row axis has N entries, or a multiple of N where tokens or views are folded into it.
         point: Tells that axis; without one, as in batch mode, the mask is the same in all rows.
 
     Raises:
@@ -100,13 +100,15 @@ def broadcast_rows(keep: Tensor, x: Tensor, point: Point) -> Tensor:
     rows, length = keep.shape[0], x.shape[axis]
     if length != rows:
         fold, rest = divmod(length, rows)
-        if rest:
+        outer = point.rows.outer_of(fold)
+        if rest or outer is None:
             raise ForwardError(
                 f"the {point.side} of `{point.module}` has shape {tuple(x.shape)}, whose axis {axis} should hold the "
                 f"{rows} rows of the batch; its layout differs from the forward in which branches were found. Remove "
                 "the handle and attach again with example_inputs of the present form, or use mode='batch'"
             )
-        keep = keep.repeat_interleave(fold)
+        keep = keep.repeat_interleave(fold // outer)
+        keep = keep.repeat(outer) if outer > 1 else keep
     shape = [1] * x.dim()
     shape[axis] = length
     return keep.view(shape)
