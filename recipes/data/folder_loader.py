@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,8 @@ from data.lifetime import die_with
 from data.sampling import Indices, Sampler
 from data.transforms import Crop, Pixels
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # that ask a whole process group to stop
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -40,14 +43,32 @@ def _begin_worker(worker: int) -> None:
     Ctrl-C, schedulers and torchrun signal the whole process group; the main process still wants batches, to save and
     end. It ends its workers by SIGKILL: they hold nothing that could be lost.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # of `_signals_wait`
     parent = multiprocessing.parent_process()
     assert parent is not None
     if parent.pid == os.getppid():
         die_with(parent.pid)
     else:  # Python's "forkserver" started it for the main process
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Within the context, signals to this thread wait, and so do those to processes that it forks, which inherit that.
+
+    A worker would otherwise be ended by one that comes before it ignores them, some hundredths of a second after its
+    start. Python's "forkserver" keeps what it inherits for all later processes of anyone, so there they do not wait.
+    """
+    if multiprocessing.get_start_method() != "fork":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_after(parent: BaseProcess) -> None:
@@ -136,7 +157,9 @@ class FolderLoader:
             raise RuntimeError("this loader is closed")
         batches = self._sampler.batches(epoch)[start:]
         self._requests[:] = [_Request(epoch, indices, self._resolution(epoch)) for indices in batches]
-        for indices, images in zip(batches, self._loader, strict=True):
+        with _signals_wait():
+            made = iter(self._loader)
+        for indices, images in zip(batches, made, strict=True):
             if isinstance(images, DataError):
                 raise images
             labels = self._labels[torch.from_numpy(indices)].to(self._pixels.device)

@@ -1,5 +1,7 @@
 """Worker processes of the folder loader: they outlive signals to the group, and nothing else."""
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -52,6 +54,24 @@ def test_closing_ends_them_in_the_middle_of_an_epoch_while_something_still_holds
     assert not any(worker.is_alive() for worker in workers)
     with pytest.raises(RuntimeError, match="closed"):
         next(loader.epoch(1))
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_signals_to_the_process_group_do_not_end_them(late, photographs):
+    """Not even those that come before a worker ignores them, however late it does."""
+    with closing(open_loader(photographs)) as loader:
+        begin = loader._loader.worker_init_fn
+        loader._loader.worker_init_fn = lambda worker: (time.sleep(late * worker), begin(worker))
+        batches = loader.epoch(0)
+        next(batches)  # of the first worker; the second may not have begun
+        for worker in processes(loader):
+            for number in SIGNALS:
+                os.kill(worker.pid, number)
+        assert len(list(batches)) == len(loader) - 1
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(SIGNALS)
 
 
 def kill_workers_in_mid_epoch(loader):
