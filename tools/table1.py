@@ -28,9 +28,20 @@ REQUIRED = COLUMNS[:3]  # the paper's
 MODELS = ("resnet50", "resnet50d")
 RECIPES = {"mnist": "mnist.py", "cifar10": "cifar10.py", "imagenet": "imagenet_ffcv.py"}
 PAPER = {"imagenet": "75.5-76.6"}  # the range of the paper's ImageNet accuracies; for the rest see there
-# What distinguishes the cells of a row, and where a run happened: neither makes another row.
+# What distinguishes the cells of a row, and where a run happened: neither makes another row. The loader that read does.
 WITHIN_A_ROW = {"algorithm", "mode", "rate"}
-PLACE = {"resume", "seeds", "seed", "out", "data_dir", "download", "workers", "checkpoint_minutes", "progress"}
+PLACE = {
+    "resume",
+    "seeds",
+    "seed",
+    "out",
+    "data_dir",
+    "download",
+    "loader",
+    "workers",
+    "checkpoint_minutes",
+    "progress",
+}
 NEEDED = {"dataset", "model", "algorithm", "mode", "rate", "seed", "top1", "steps", "train_seconds", "relative_flops"}
 HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs")
 
@@ -68,6 +79,7 @@ def read_runs(folder: Path) -> list[Run]:
             if absent := NEEDED - result.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(absent))}")
             shared = {k: v for k, v in config.items() if k not in WITHIN_A_ROW | PLACE}
+            shared["loader"] = result.get("loader", config.get("loader"))  # older results do not say which one it was
             runs.append(Run(path, result, tuple(sorted(shared.items()))))
         except (OSError, ValueError, AttributeError) as error:
             raise TableError(f"cannot read the run of {path}: {error}") from error

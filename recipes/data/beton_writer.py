@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import beton
-from data.beton_checksum import checksum, store_checksum
+from data.beton_checksum import checksum, store_checksum, store_images_checksum
 from data.datasets import Arrays
 from data.disk import sync_folder
 from data.errors import DataError
@@ -196,7 +196,7 @@ def _write(file: BinaryIO, source: Source, workers: int, page_size: int, progres
     fields = beton.describe_fields(source.image_field, source.shape)
     metadata = np.zeros(samples, beton.metadata_type(source.image_field))
     table = np.zeros(samples, beton.TABLE)
-    checksums = []
+    checksums, images = [], 0
 
     with open(file.name, "r+b") as out:
         out.truncate(0)
@@ -218,10 +218,12 @@ def _write(file: BinaryIO, source: Source, workers: int, page_size: int, progres
                 image = (stored.mode, stored.width, stored.height, position)
                 metadata[index] = (image if source.image_field == beton.RGB_FIELD else position, stored.label)
                 checksums.append(zlib.crc32(stored.data))
+                images = zlib.crc32(stored.data, images)
                 position += size
                 bar.update()
         position = _next_page(position, page_size)
         header = np.array((beton.VERSION, len(fields), page_size, samples, position), beton.HEADER)
+        store_images_checksum(fields, images)
         store_checksum(fields, checksum(header, fields, metadata, table))
         out.seek(position)
         out.write(table.tobytes())

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import blake2b
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ class FFCVLoader:
         self.samples = len(sampler.indices)
         self.classes = classes
         self.channels = beton.shape[0] if beton.shape else 3
-        self.listing = blake2b(beton.labels.tobytes(), digest_size=16).hexdigest()
+        self.listing = beton.listing()
 
     def __len__(self) -> int:
         return len(self._sampler)

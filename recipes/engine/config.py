@@ -26,9 +26,10 @@ from engine.ranges import Range, check_ranges
 
 Algorithm = Literal["standard", "droppath", "rdp"]
 
-# What may differ between a run and its resumption: where and for how long it runs, never what it computes.
+# What may differ between a run and its resumption: where and for how long it runs, never what it computes. Of loaders
+# the one that reads counts, which checkpoints hold with the data, and not how it was asked for.
 FREE_ON_RESUME = frozenset(
-    {"resume", "seeds", "seed", "out", "data_dir", "download", "workers", "checkpoint_minutes", "progress"}
+    {"resume", "seeds", "seed", "out", "data_dir", "download", "loader", "workers", "checkpoint_minutes", "progress"}
 )
 
 

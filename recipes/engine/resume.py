@@ -67,7 +67,7 @@ def find_state(
         if changes := _differences(saved["data"], data):
             raise RunError(
                 f"{folder.parent} was started with other data, so --resume is refused: {'; '.join(changes)}; "
-                "give it back what it had, or choose another --out"
+                f"{_way_back(saved['data'], data)}, or choose another --out"
             )
         state.check(saved, epochs=epochs, steps=steps)
         require_history(saved["history"], saved["epoch"], ("",) if state.ema is None else ("", "ema_"))
@@ -79,6 +79,13 @@ def find_state(
             f"the processes do not read the same checkpoint in {folder}: it must be on a disk that all of them share"
         )
     return found
+
+
+def _way_back(saved: dict[str, Any], ours: dict[str, dict[str, Any]]) -> str:
+    kind = saved["training"]["loader"]
+    if kind == ours["training"]["loader"]:
+        return "give it back what it had"
+    return f"give --loader {'ffcv' if kind == 'ffcv' else 'torch'}"  # files have appeared, or gone, for `auto`
 
 
 def _differences(saved: dict[str, Any], ours: dict[str, dict[str, Any]]) -> list[str]:

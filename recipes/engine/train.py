@@ -209,6 +209,7 @@ def _train(
 
     result = {
         **{name: getattr(config, name) for name in ("dataset", "model", "algorithm", "mode", "rate", "match")},
+        "loader": train_data.kind,
         "seed": seed,
         "epochs": epochs,
         "steps": epochs * steps_per_epoch,

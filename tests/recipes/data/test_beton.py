@@ -272,3 +272,25 @@ def test_damaged_fields(array_file, tmp_path, offset, value, message):
     other.write_bytes(data)
     with pytest.raises(DataError, match=message):
         beton.open_beton(other)
+
+
+def test_a_listing_changes_with_a_pixel_and_not_with_the_place(array_file, arrays, tmp_path):
+    listing = beton.open_beton(array_file).listing()
+    (tmp_path / "moved.beton").write_bytes(array_file.read_bytes())
+    assert beton.open_beton(tmp_path / "moved.beton").listing() == listing
+    write_beton(tmp_path / "again.beton", ArraySource(arrays), page_size=PAGE)
+    assert beton.open_beton(tmp_path / "again.beton").listing() == listing
+    other = Arrays(arrays.images.copy(), arrays.labels)
+    other.images[3, 0, 0, 0] ^= 1
+    write_beton(tmp_path / "other.beton", ArraySource(other), page_size=PAGE)
+    assert beton.open_beton(tmp_path / "other.beton").listing() != listing
+
+
+def test_a_listing_of_a_file_without_checksums_changes_with_an_image_of_another_size(photograph_file, tmp_path):
+    def smaller(header, metadata, table):
+        jpeg = metadata["image"]["mode"] == beton.JPEG
+        table["size"][jpeg.argmax()] -= 1
+
+    bare = edit(photograph_file, tmp_path, lambda *parts: None, ours=False)
+    listing = beton.open_beton(bare).listing()
+    assert beton.open_beton(edit(photograph_file, tmp_path, smaller, ours=False)).listing() != listing

@@ -212,7 +212,11 @@ def cut_run(out: Path, **settings: Any) -> Config:
     ("name", "value", "sentence"),
     [
         ("listing", "dots", "training listing: stripes -> dots; test listing: stripes -> dots; give it back what"),
-        ("kind", "ffcv", "training loader: memory -> ffcv; test loader: memory -> ffcv; give it back what it had, or"),
+        (
+            "kind",
+            "ffcv",
+            "training loader: memory -> ffcv; test loader: memory -> ffcv; give --loader torch, or choose",
+        ),
     ],
 )
 def test_other_data_is_refused_naming_it(
@@ -224,6 +228,14 @@ def test_other_data_is_refused_naming_it(
     with pytest.raises(RunError, match=f"seed-0 was started with other data, so --resume is refused: {sentence}"):
         train_tiny(config)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_the_loader_that_it_had_however_that_is_asked_for(tmp_path: Path) -> None:
+    whole = tiny_config(tmp_path / "whole")
+    train_tiny(whole)
+    config = cut_run(tmp_path / "cut")
+    assert train_tiny(config.replace(loader="torch"))["loader"] == "memory"
+    assert_same(final_state(whole), final_state(config))
 
 
 def test_other_settings_are_refused_though_their_file_is_gone(tmp_path: Path) -> None:

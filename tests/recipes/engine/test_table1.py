@@ -151,5 +151,13 @@ def test_a_result_of_something_else_is_named(content: str, why: str, tmp_path: P
         read_runs(tmp_path)
 
 
+def test_the_loader_that_read_makes_another_row_and_not_how_it_was_asked_for(tmp_path: Path) -> None:
+    for seed, (asked, kind) in enumerate([("auto", "memory"), ("torch", "memory"), ("auto", "ffcv")]):
+        result = write(tmp_path, seed, 90.0, loader=asked) / "result.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"loader": kind}))
+    lines = table(read_runs(tmp_path))
+    assert [(line[2].rpartition(", ")[2], line[6]) for line in lines] == [("loader ffcv", "1"), ("loader memory", "2")]
+
+
 def test_what_may_change_on_resume_makes_no_other_row() -> None:
     assert PLACE == FREE_ON_RESUME
