@@ -5,7 +5,7 @@
     python recipes/spiral_mlp.py --depth 12 --epochs 50 --algorithm rdp
 
 Prints the test accuracies side by side, writes what TensorBoard shows and the same pictures as PNG, and says where.
-A run that was stopped goes on with `--resume FOLDER`.
+A run that was stopped, by Ctrl-C or by `kill -9`, goes on with `--resume FOLDER`.
 
 Source: section 3.1 of Park (2024), https://arxiv.org/abs/2411.09475
 """
@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds of importing needs no traceback
-
+import engine  # first: Ctrl-C ends its imports, and those take the seconds
 import torch
 import tyro
+from engine import Range, RunError
+from engine.errors import explained
+from engine.interrupt import Action, Interrupts
+from engine.one_process import load, open_run, save
+from engine.output import best_effort_output
+from engine.ranges import check_ranges
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
@@ -38,6 +39,8 @@ from tqdm import tqdm
 import rdp
 from rdp.analysis import FeatureReuse, extract_features, feature_reuse, grid, spiral
 from rdp.tensorboard import Panels
+
+CHECKPOINT_MINUTES = 1 / 6
 
 GRID = 50
 """Side of the grid of points on which features are compared and drawn."""
@@ -50,10 +53,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 """What `rdp.attach` is told."""
 
 
-Snapshots = dict[int, dict[str, Tensor]]
-"""The model's state at the beginning of some epochs."""
-
-
 @dataclass(frozen=True)
 class Config:
     """Train a residual MLP on two spirals. The defaults are those of --preset quick."""
@@ -62,27 +61,27 @@ class Config:
     """quick: half a minute. paper-small, paper-large: section 3.1 as it stands; minutes and an hour."""
     algorithm: Literal["standard", "droppath", "rdp", "all"] = "all"
     """standard: plain. droppath: drop rows and rescale. rdp: drop and freeze in turn."""
-    rate: float = 0.1
+    rate: Annotated[float, Range(0, below=1)] = 0.1
     """Drop rate of the last layer; it grows linearly from 0 at the first."""
-    depth: int = 6
+    depth: Annotated[int, Range(1)] = 6
     """Number of residual layers."""
-    width: int = 6
-    """Nodes of a layer."""
-    epochs: int = 20
+    width: Annotated[int, Range(2)] = 6
+    """Nodes of a layer, at least the two coordinates of a point."""
+    epochs: Annotated[int, Range(1)] = 20
     """Passes over the training points."""
-    batch_size: int = 256
+    batch_size: Annotated[int, Range(1)] = 256
     """Points in an optimizer step."""
-    lr: float = 0.03
+    lr: Annotated[float, Range(above=0)] = 0.03
     """Learning rate of Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Coefficients of Adam's running averages."""
     anneal: bool = True
     """Let the learning rate fall to 0 along a cosine; the paper keeps it constant."""
-    samples: int = 16_384
+    samples: Annotated[int, Range(1)] = 16_384
     """Training points, and as many new ones for the test."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, below=2**32)] = 0
     """Of weights, points, their order and the masks."""
-    pictures: int = 4
+    pictures: Annotated[int, Range(0)] = 4
     """Pictures drawn during training; TensorBoard's slider replays them."""
     whole: bool = False
     """Show every layer and node in the pictures, not 6 of each: 32 x 65 cells for paper-large."""
@@ -130,7 +129,12 @@ class Result:
 
 
 def train(algorithm: str, config: Config, folder: Path) -> Result:
-    """Train with one algorithm, or go on from the checkpoint in `folder`; log and draw into it."""
+    """Train with one algorithm, or go on from the checkpoint in `folder`; log and draw into it.
+
+    Raises:
+        RunError: the checkpoint is damaged, or cannot be written.
+        SystemExit: a signal came; the training is saved.
+    """
     torch.manual_seed(config.seed)
     model = ResidualMLP(config.depth, config.width).to(config.device)
     points, labels = (t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed))
@@ -143,12 +147,15 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
     last_lr = 0.0 if config.anneal else config.lr
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=last_lr)
     parts = {"model": model, "optimizer": optimizer, "handle": handle, "schedule": schedule}
-    first_epoch, snapshots = load_checkpoint(folder, parts)
+    values = {name: getattr(config, name) for name in ("depth", "width", "samples", "seed", "rate")}
+    values |= {"algorithm": algorithm, "epoch": 0, "step": 0, "snapshots": {}}  # as tools/figures.py reads them
+    saved = load(folder / "checkpoint.pt", parts, {"epoch": config.epochs, "step": batches}) or values
+    epoch, step, snapshots = saved["epoch"], saved["step"], saved["snapshots"]
     picture_every = max(config.epochs // max(config.pictures, 1), 1)
-    started = saved = time.monotonic()
+    started = time.monotonic()
     shown = None if config.whole else 6
     with (
-        tqdm(total=steps, initial=first_epoch * batches, desc=f"{algorithm:8}", unit="step", mininterval=0.2) as bar,
+        tqdm(total=steps, initial=epoch * batches + step, desc=f"{algorithm:8}", unit="step", mininterval=0.2) as bar,
         Panels(
             handle,
             grid(GRID).to(config.device),
@@ -162,26 +169,38 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
             name=algorithm,
         ) as panels,
     ):
-        for epoch in range(first_epoch, config.epochs):
-            if epoch % picture_every == 0:
-                snapshots[epoch] = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            # A function of seed and epoch alone, so that a resumed run sees the same batches.
-            generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
-            order = torch.randperm(len(points), generator=generator).to(config.device)
-            for batch in order[: batches * config.batch_size].tensor_split(batches):
-                loss = cross_entropy(model(points[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                panels.log(handle.step_count, loss=loss)
-                optimizer.step()
-                schedule.step()
-                bar.update()
-            accuracy = test(model, *test_set)
-            panels.metrics(handle.step_count, accuracy=accuracy)
-            bar.set_postfix_str(f"test accuracy {accuracy:.2%}")
-            if time.monotonic() - saved > 10 or epoch + 1 == config.epochs:
-                save_checkpoint(folder, epoch + 1, config, algorithm, parts, snapshots)
-                saved = time.monotonic()
+        with Interrupts(CHECKPOINT_MINUTES, engine.World(torch.device(config.device))) as interrupts:
+
+            def pause(save_anyway: bool = False) -> None:
+                action = interrupts.poll()
+                if save_anyway or action is not Action.GO_ON:
+                    now = values | {"epoch": epoch, "step": step, "snapshots": snapshots}
+                    save(folder / "checkpoint.pt", parts, now)
+                if action is Action.STOP:
+                    bar.write(f"stopped and saved in {folder.parent}: go on with --resume {folder.parent}")
+                    raise SystemExit(interrupts.exit_status)
+
+            while epoch < config.epochs:
+                if epoch % picture_every == 0 and epoch not in snapshots:
+                    snapshots[epoch] = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+                # A function of seed and epoch alone, so that a resumed run sees the same batches.
+                generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+                order = torch.randperm(len(points), generator=generator).to(config.device)
+                for batch in order[: batches * config.batch_size].tensor_split(batches)[step:]:
+                    loss = cross_entropy(model(points[batch]), labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    panels.log(handle.step_count, loss=loss)
+                    optimizer.step()
+                    schedule.step()
+                    step += 1
+                    bar.update()
+                    pause()
+                accuracy = test(model, *test_set)
+                panels.metrics(handle.step_count, accuracy=accuracy)
+                bar.set_postfix_str(f"test accuracy {accuracy:.2%}")
+                epoch, step = epoch + 1, 0
+            pause(save_anyway=True)
         panels.draw(handle.step_count)
         panels.save(folder)
     features = extract_features(handle, grid(GRID).to(config.device))
@@ -197,93 +216,30 @@ def test(model: nn.Module, points: Tensor, labels: Tensor) -> float:
     return right
 
 
-def save_checkpoint(
-    folder: Path, epoch: int, config: Config, algorithm: str, parts: dict[str, Any], snapshots: Snapshots
-) -> None:
-    """Write all that the rest of the run and `tools/figures.py` need; the old file stays until the new one is whole."""
-    settings = {name: getattr(config, name) for name in ("depth", "width", "samples", "seed", "rate")}
-    state = {"epoch": epoch, "algorithm": algorithm, "snapshots": snapshots, **settings}
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    try:
-        torch.save(state, folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # torch's file writer raises a RuntimeError on a full disk
-        raise SystemExit(f"cannot write {folder / 'checkpoint.pt'}: {error}") from error
-
-
-def load_checkpoint(folder: Path, parts: dict[str, Any]) -> tuple[int, Snapshots]:
-    """Put the checkpoint in `folder`, if there is one, into the parts; return the number of epochs done, and the
-    snapshots made in them.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0, {}
-    try:
-        state = torch.load(path, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(dict(state[name].items()))
-        if not (isinstance(state["epoch"], int) and state["epoch"] >= 0 and isinstance(state["snapshots"], dict)):
-            raise ValueError("it has no number of epochs or no snapshots")
-    except Exception as error:  # of as many kinds as there are parts
-        cause = str(error) or type(error).__name__
-        raise SystemExit(f"{path} is damaged, remove it to start this algorithm again: {cause}") from error
-    return state["epoch"], state["snapshots"]
-
-
 def configure(args: Sequence[str] | None = None) -> Config:
     """Read the command line: the preset, and over it whatever else is given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="quick")
     preset = first.parse_known_args(args)[0].preset
     config = tyro.cli(Config, args=args, default=PRESETS[preset], description=__doc__)
+    untouched = dataclasses.replace(PRESETS[config.preset], preset="quick", resume=config.resume)
+    given = [f.name for f in fields(Config) if getattr(config, f.name) != getattr(untouched, f.name)]
+    if config.resume is not None and given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RunError(f"--resume takes the settings that the run was started with: leave out {options}")
     check(config)
     return config
 
 
 def check(config: Config) -> None:
     """Refuse what cannot be trained, before anything is written."""
-
-    def require(fits: bool, name: str, range_: str) -> None:
-        if not fits:
-            raise SystemExit(f"--{name.replace('_', '-')} must be {range_}; got {getattr(config, name)}")
-
-    for name in ("depth", "epochs", "batch_size", "samples"):
-        require(getattr(config, name) >= 1, name, "at least 1")
-    require(config.width >= 2, "width", "at least 2, for the two coordinates of a point")
-    require(config.pictures >= 0, "pictures", "at least 0")
-    require(0 <= config.rate < 1, "rate", "at least 0 and below 1")
-    require(0 < config.lr < math.inf, "lr", "a number above 0")
-    require(all(0 <= beta < 1 for beta in config.betas), "betas", "two numbers, each at least 0 and below 1")
-    require(0 <= config.seed < 2**32, "seed", "at least 0 and below 2**32")
+    check_ranges(config)
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise RunError(f"--betas must be two numbers, each at least 0 and below 1, not {config.betas}")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def open_run(config: Config) -> tuple[Config, Path]:
-    """The folder of the run, with its settings written into it, or read from it with --resume."""
-    if config.resume is not None:
-        untouched = dataclasses.replace(PRESETS[config.preset], preset="quick", resume=config.resume)
-        given = [f.name for f in fields(Config) if getattr(config, f.name) != getattr(untouched, f.name)]
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise SystemExit(f"--resume takes the settings that the run was started with: leave out {options}")
-        try:
-            settings = json.loads((config.resume / "config.json").read_text())
-            return Config(**settings | {"betas": tuple(settings["betas"])}), config.resume
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise SystemExit(f"{config.resume} is no folder of a run to go on with: {error}") from error
-    folder = config.out or Path("runs", "spiral_mlp", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    if (folder / "config.json").exists():
-        raise SystemExit(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    except OSError as error:
-        raise SystemExit(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
-    return config, folder
+        raise RunError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def report(results: dict[str, Result], config: Config, folder: Path) -> str:
@@ -301,22 +257,23 @@ def report(results: dict[str, Result], config: Config, folder: Path) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Result]:
-    """Run the recipe and print its report."""
-    config, folder = open_run(configure(args))
-    torch.set_num_threads(1)  # a layer of this size is done before a second thread has woken up
-    algorithms = list(ALGORITHMS) if config.algorithm == "all" else [config.algorithm]
-    print(f"depth {config.depth}, width {config.width}, {config.epochs} epochs of {config.samples} points")
-    try:
+    """Run the recipe and print its report.
+
+    Raises:
+        RunError: something is wrong that the user can put right.
+        SystemExit: a signal came; the run is saved.
+    """
+    config = configure(args)
+    folder = config.resume or config.out or Path("runs", "spiral_mlp", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    with open_run(folder, config, resume=config.resume is not None) as config:
+        torch.set_num_threads(1)  # a layer of this size is done before a second thread has woken up
+        algorithms = list(ALGORITHMS) if config.algorithm == "all" else [config.algorithm]
+        print(f"depth {config.depth}, width {config.width}, {config.epochs} epochs of {config.samples} points")
         results = {name: train(name, config, folder / name) for name in algorithms}
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; go on with --resume {folder}") from None
-    except rdp.RdpError as error:
-        raise SystemExit(str(error)) from error
-    print(report(results, config, folder))
-    return results
+        print(report(results, config, folder))
+        return results
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()
+    with best_effort_output(), explained():
+        main()

@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import rdp
 
-# A full disk, a missing permission, a path that is something else: errors of the machine, not ours.
+# A full disk, a missing permission, a path that is something else or was removed: errors of the machine, not ours.
 _OF_THE_MACHINE = {
+    errno.ENOENT,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -49,7 +50,7 @@ def explained() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
-        _exit(error, f"cannot use {error.filename or 'a file'}: {error.strerror}")
+        _exit(error, f"cannot use {os.fsdecode(error.filename or 'a file')}: {error.strerror}")
     except (MemoryError, torch.OutOfMemoryError) as error:
         found = str(error).partition(".")[0]
         _exit(error, f"out of memory ({found}): choose a smaller --batch-size or a larger --accumulate")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
@@ -14,14 +15,21 @@ from typing import Any, TextIO, cast
 def best_effort_output() -> Iterator[None]:
     """Within the context, writing to stdout and stderr never fails: what cannot be written is lost.
 
-    That holds for `print`, warnings, progress bars and whatever else writes to `sys.stdout` and `sys.stderr`.
+    That holds for `print`, warnings, progress bars and whatever else writes to `sys.stdout` and `sys.stderr`. A thread
+    that cannot write to a file prints no traceback.
     """
     for standard in range(3):  # a closed one's number would go to the next file that is opened, and printing into it
         try:
             os.fstat(standard)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    before = sys.stdout, sys.stderr
+    before, hook = (sys.stdout, sys.stderr), threading.excepthook
+
+    def told_by_the_main_thread(thread: threading.ExceptHookArgs) -> None:
+        if not issubclass(thread.exc_type, OSError):  # TensorBoard's, which hands it on when it is next written to
+            hook(thread)
+
+    threading.excepthook = told_by_the_main_thread
     sys.stdout, sys.stderr = (cast(TextIO, _BestEffort(stream)) for stream in before)
     try:
         yield
@@ -30,6 +38,7 @@ def best_effort_output() -> Iterator[None]:
             if isinstance(stream, _BestEffort):
                 stream.finish()
         sys.stdout, sys.stderr = before
+        threading.excepthook = hook
 
 
 class _BestEffort:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import spiral_mlp
 import torch
+from engine import RunError
+from engine.errors import explained
+from engine.lock import claim
+from engine.output import best_effort_output
 from PIL import Image
 
 import rdp
@@ -63,35 +72,95 @@ def test_the_model_has_a_residual_connection_on_every_layer() -> None:
     assert {branch.kind for branch in handle.branches} == {"identity"}
 
 
-@pytest.mark.parametrize("algorithm", ["standard", "droppath", "rdp"])
-def test_a_killed_run_resumes_bit_exactly(
-    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # A checkpoint after every epoch, whatever the clock says.
-    ticks = itertools.count(step=100)
-    monkeypatch.setattr(spiral_mlp.time, "monotonic", lambda: next(ticks))
-    arguments = [*TINY, "--epochs", "4", "--algorithm", algorithm]
-    spiral_mlp.main(["--out", str(tmp_path / "whole"), *arguments])
+class Crash(BaseException):
+    """The stand-in for a power cut: nothing may catch it."""
 
+
+def crash() -> None:
+    raise Crash
+
+
+def run_cut(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], None], folder: Path, *arguments: str) -> None:
+    """Run the recipe, and do something in the middle of the `at`-th step."""
     log, calls = Panels.log, itertools.count()
 
-    def die_in_the_third_epoch(self: Panels, step: int, **metrics: float) -> None:
-        if next(calls) == 5:
-            raise KeyboardInterrupt
+    def cut(self: Panels, step: int, **metrics: float) -> None:
+        if next(calls) == at:
+            do()
         log(self, step, **metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Panels, "log", die_in_the_third_epoch)
-        with pytest.raises(SystemExit, match="go on with --resume"):
-            spiral_mlp.main(["--out", str(tmp_path / "killed"), *arguments])
-    spiral_mlp.main(["--resume", str(tmp_path / "killed")])
+        patch.setattr(Panels, "log", cut)
+        spiral_mlp.main(["--out", str(folder), *TINY, "--epochs", "4", *arguments])
 
-    whole, resumed = (
-        torch.load(tmp_path / run / algorithm / "checkpoint.pt", weights_only=True) for run in ("whole", "killed")
-    )
-    assert whole["epoch"] == resumed["epoch"] == 4
-    for part in ("model", "handle", "optimizer"):
-        torch.testing.assert_close(flat(resumed[part]), flat(whole[part]), rtol=0, atol=0)
+
+def assert_resumes_bit_exactly(whole: Path, cut: Path, algorithm: str) -> None:
+    spiral_mlp.main(["--out", str(whole), *TINY, "--epochs", "4", "--algorithm", algorithm])
+    spiral_mlp.main(["--resume", str(cut)])
+    expected, resumed = (torch.load(run / algorithm / "checkpoint.pt", weights_only=True) for run in (whole, cut))
+    assert (expected["epoch"], expected["step"]) == (resumed["epoch"], resumed["step"]) == (4, 0)
+    for part in ("model", "handle", "optimizer", "schedule", "snapshots"):
+        torch.testing.assert_close(flat(resumed[part]), flat(expected[part]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+@pytest.mark.parametrize("algorithm", ["standard", "droppath", "rdp"])
+def test_a_killed_run_resumes_bit_exactly(
+    algorithm: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A checkpoint after every step, whatever the clock says; an epoch has two.
+    ticks = itertools.count(step=100)
+    monkeypatch.setattr(spiral_mlp.time, "monotonic", lambda: next(ticks))
+    with pytest.raises(Crash):
+        run_cut(monkeypatch, at, crash, tmp_path / "cut", "--algorithm", algorithm)
+    saved = torch.load(tmp_path / "cut" / algorithm / "checkpoint.pt", weights_only=True)
+    assert 2 * saved["epoch"] + saved["step"] == at
+    assert_resumes_bit_exactly(tmp_path / "whole", tmp_path / "cut", algorithm)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_the_step_and_stops(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        run_cut(monkeypatch, 2, lambda: os.kill(os.getpid(), number), tmp_path / "cut", "--algorithm", "rdp")
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == handler
+    assert f"go on with --resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "cut" / "rdp" / "checkpoint.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 1)  # the step that was begun is done
+    assert_resumes_bit_exactly(tmp_path / "whole", tmp_path / "cut", "rdp")
+
+
+def test_a_signal_in_the_last_step_stops_before_the_next_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        run_cut(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM), tmp_path / "cut")
+    assert not (tmp_path / "cut" / "droppath").exists()
+
+
+def test_one_run_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.lock.PATIENCE", 0.0)
+    with claim(tmp_path / "run"):
+        for arguments in (["--out", str(tmp_path / "run"), *TINY], ["--resume", str(tmp_path / "run")]):
+            with pytest.raises(RunError, match=f"{tmp_path}/run is in use by process {os.getpid()} on"):
+                spiral_mlp.main(arguments)
+    spiral_mlp.main(["--out", str(tmp_path / "run"), *TINY, "--algorithm", "standard"])
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_that_is_removed_while_the_run_goes_on_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit), best_effort_output(), explained():
+        run_cut(monkeypatch, 2, lambda: shutil.rmtree(run), run, "--algorithm", "rdp")
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert re.search(f"^error: cannot (use|write) {run}/rdp/[^ ]*: No such file or directory", said, re.MULTILINE)
+    assert not run.exists()
 
 
 def flat(state: object) -> list[torch.Tensor]:
@@ -127,37 +196,40 @@ def test_standard_is_plain_training_bit_for_bit(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--width", "1"], "--width must be at least 2"),
-        (["--epochs", "0"], "--epochs must be at least 1; got 0"),
-        (["--rate", "1.5"], "--rate must be at least 0 and below 1; got 1.5"),
-        (["--rate", "nan"], "--rate must be .*; got nan"),
-        (["--lr", "inf"], "--lr must be a number above 0; got inf"),
-        (["--lr", "-1"], "--lr must be .*; got -1.0"),
-        (["--betas", "0.9", "2"], r"--betas must be .*; got \(0.9, 2.0\)"),
-        (["--pictures", "-1"], "--pictures must be at least 0; got -1"),
-        (["--seed", "99999999999999999999"], r"--seed must be at least 0 and below 2\*\*32"),
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--rate", "1.5"], "--rate must be at least 0 and below 1, not 1.5"),
+        (["--rate", "nan"], "--rate must be .*, not nan"),
+        (["--lr", "inf"], "--lr must be a number up to .*, not inf"),
+        (["--lr", "-1"], "--lr must be above 0, not -1.0"),
+        (["--betas", "0.9", "2"], r"--betas must be .*, not \(0.9, 2.0\)"),
+        (["--pictures", "-1"], "--pictures must be at least 0, not -1"),
+        (["--seed", "99999999999999999999"], r"--seed must be at least 0 and below 4294967296"),
         (["--device", "abacus"], "--device abacus cannot be used: "),
         (["--resume", "nowhere"], "nowhere is no folder of a run"),
-        (["--out", "/dev/null/run"], "cannot write to /dev/null/run"),
+        (
+            ["--out", "/dev/null/run"],
+            "cannot make the results folder /dev/null/run: .*choose another --out",
+        ),
     ],
 )
 def test_wrong_arguments_are_explained(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(RunError, match=message):
         spiral_mlp.main([*TINY, *arguments] if "--resume" not in arguments else arguments)
     assert not list(tmp_path.iterdir())  # so that the right command is not told that the folder holds a run
 
 
 def test_a_resumed_run_takes_no_other_settings(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"leave out --preset, --epochs, --batch-size$"):
+    with pytest.raises(RunError, match=r"leave out --preset, --epochs, --batch-size$"):
         spiral_mlp.main(["--resume", str(tmp_path), "--preset", "paper-large", "--epochs", "3", "--batch-size", "8"])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"betas": 1}', '{"betas": [0, 0], "nonsense": 1}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"betas": 1}', '{"betas": [0, 0], "nonsense": 1}'])
 def test_a_folder_whose_settings_are_damaged_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(SystemExit, match=f"{tmp_path} is no folder of a run"):
+    with pytest.raises(RunError, match=f"{tmp_path} is no folder of a run"):
         spiral_mlp.main(["--resume", str(tmp_path)])
 
 
@@ -165,17 +237,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     spiral_mlp.main(["--out", str(tmp_path / "run"), *TINY, "--algorithm", "rdp"])
     checkpoint = tmp_path / "run" / "rdp" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match=f"{checkpoint} is damaged, remove it"):
+    with pytest.raises(RunError, match=f"{checkpoint} is damaged, remove it"):
         spiral_mlp.main(["--resume", str(tmp_path / "run")])
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(RunError, match="holds a run already"):
         spiral_mlp.main(["--out", str(tmp_path), *TINY])
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "handle", "schedule", "epoch", "snapshots"])
+@pytest.mark.parametrize("part", ["model", "optimizer", "handle", "schedule", "epoch", "step", "snapshots"])
 @pytest.mark.parametrize("value", [None, [], "text", ...])
 def test_a_checkpoint_of_other_content_is_named(part: str, value: object, tmp_path: Path) -> None:
     config = spiral_mlp.configure([*TINY, "--algorithm", "rdp", "--epochs", "1"])
@@ -183,5 +255,5 @@ def test_a_checkpoint_of_other_content_is_named(part: str, value: object, tmp_pa
     path = tmp_path / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     torch.save({k: v for k, v in state.items() if k != part} | ({} if value is ... else {part: value}), path)
-    with pytest.raises(SystemExit, match=f"{path} is damaged, remove it"):
+    with pytest.raises(RunError, match=f"{path} is damaged, remove it"):
         spiral_mlp.train("rdp", config, tmp_path)

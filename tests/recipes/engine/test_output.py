@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,20 @@ def test_what_can_be_written_is_and_the_streams_are_given_back(capsys: pytest.Ca
         assert sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr() == ("out\n", "err\n")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("error", "printed"), [(OSError(28, "full"), False), (ValueError("a mistake"), True)])
+def test_a_thread_that_cannot_write_is_silent_and_a_mistake_is_not(
+    error: Exception, printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    with best_effort_output():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == printed
+    assert threading.excepthook is threading.__excepthook__
