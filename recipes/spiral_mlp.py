@@ -275,5 +275,5 @@ def main(args: Sequence[str] | None = None) -> dict[str, Result]:
 
 
 if __name__ == "__main__":
-    with best_effort_output(), explained():
+    with best_effort_output(), explained(less="choose a smaller --batch-size, or fewer --samples"):
         main()

@@ -65,12 +65,18 @@ def read_image(path: Path) -> tuple[Image.Image, bytes]:
     value the upper 8 are kept, which PIL does for colours and not for gray.
 
     Raises:
-        DataError: it cannot be read, is not a whole image, or has pixels of which it is not known how to show them.
+        DataError: it cannot be read, is not a whole image, is too large for the memory that there is, or has pixels of
+            which it is not known how to show them.
     """
     try:
         data = path.read_bytes()
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
+    except MemoryError as error:  # the file may be sound
+        raise DataError(
+            f"{path} cannot be decoded for lack of memory: give fewer --workers and the process more of it, or, if the "
+            "image is not as large, replace it"
+        ) from error
     except UnidentifiedImageError as error:
         raise DataError(
             f"{path} cannot be decoded (it is none of {', '.join(FORMATS)}); replace or remove it"

@@ -15,6 +15,7 @@ from data import DataError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import rdp
+from engine.start import lacks_memory
 
 # A full disk, a missing permission, a path that is something else or was removed: errors of the machine, not ours.
 _OF_THE_MACHINE = {
@@ -38,22 +39,25 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(less: str = "choose a smaller --batch-size or a larger --accumulate") -> Iterator[None]:
     """Turn the errors that a user can put right into one sentence and exit status 1.
 
     Everything else is a mistake of ours and keeps its traceback.
+
+    Args:
+        less: how a run takes less memory.
     """
     try:
         yield
     except (RunError, DataError, rdp.RdpError) as error:
         _exit(error, str(error))
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lacks_memory(error) or isinstance(error, torch.OutOfMemoryError):
+            found = str(error).rpartition("DefaultCPUAllocator: ")[2].partition(".")[0] or "MemoryError"
+            _exit(error, f"out of memory ({found}): {less}")
+        if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
             raise
         _exit(error, f"cannot use {os.fsdecode(error.filename or 'a file')}: {error.strerror}")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        found = str(error).partition(".")[0]
-        _exit(error, f"out of memory ({found}): choose a smaller --batch-size or a larger --accumulate")
     except KeyboardInterrupt as error:  # before training or after it; in between a signal saves first
         _exit(error, "interrupted; what was saved is untouched", status=128 + signal.SIGINT)
 

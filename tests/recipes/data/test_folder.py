@@ -229,3 +229,14 @@ def test_an_error_of_pil_that_is_none_of_its_documented_ones(tmp_path, monkeypat
     monkeypatch.setattr(Image, "open", overflow)
     with pytest.raises(DataError, match=r"x\.png cannot be decoded \(Python int too large"):
         read_image(tmp_path / "x.png")
+
+
+def test_too_little_memory_is_not_a_damaged_image(root, monkeypatch):
+    def fail(self):
+        raise MemoryError
+
+    path = root / "ant" / "0.png"
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(DataError, match=f"{path} cannot be decoded for lack of memory: give fewer --workers"):
+        read_image(path)

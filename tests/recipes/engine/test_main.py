@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from data import DataError
 from engine import RunError, checkpoint, main
 from engine.errors import explained
+from engine.start import interruptible
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rdp
@@ -177,6 +180,12 @@ def test_all_checkpoints_damaged(
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
             "error: out of memory (CUDA out of memory): choose a smaller --batch-size or a larger --accumulate",
         ),
+        (MemoryError(), "error: out of memory (MemoryError): choose a smaller --batch-size or a larger --accumulate"),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            "error: out of memory ([Errno 12] Cannot allocate memory): "
+            "choose a smaller --batch-size or a larger --accumulate",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "file"), "error: cannot use file: No space left on device"),
     ],
 )
@@ -189,7 +198,30 @@ def test_what_a_user_can_put_right_is_one_sentence(
     assert capsys.readouterr().err == sentence + "\n"
 
 
-@pytest.mark.parametrize("error", [KeyError("mistake"), OSError(errno.EIO, "broken")])
+def test_memory_that_torch_does_not_get_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), explained(less="choose fewer --samples"):
+        torch.empty(1 << 50)
+    expected = (
+        rf"error: out of memory \(can't allocate memory: you tried to allocate {1 << 52} bytes\): choose fewer --s"
+    )
+    assert re.match(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["mnist.py", "spiral_mlp.py"])
+def test_too_little_memory_to_import_is_one_sentence(name: str) -> None:
+    script = Path(mnist.__file__).with_name(name)
+    line = f"ulimit -v 1500000; exec {sys.executable} {script}"
+    run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert re.fullmatch(r"error: out of memory at the start \(.*\): give the process more than 4 GB .*\n", run.stderr)
+
+
+def test_imports_that_fail_for_another_reason_keep_their_traceback() -> None:
+    with pytest.raises(ImportError, match="no such name"), interruptible():
+        raise ImportError("no such name")
+
+
+@pytest.mark.parametrize("error", [KeyError("mistake"), RuntimeError("mistake"), OSError(errno.EIO, "broken")])
 def test_a_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), explained():
         raise error
