@@ -159,11 +159,24 @@ FAULTS: list[Fault] = [
     Fault(
         "files limited to 64 kB (ulimit -f)", ONE, "error: cannot write a ch.*too large", 1, shell='ulimit -f 64; "$@"'
     ),
+    Fault("memory limited to 1.5 GB (ulimit -v)", ONE, "error: out of memory", 1, shell='ulimit -v 1500000; "$@"'),
+    Fault("memory limited to 3.3 GB (ulimit -v)", ONE, "error: out of memory", 1, shell='ulimit -v 3300000; "$@"'),
+    Fault(
+        "results on a read-only disk", ONE, "cannot make the results folder .* --out", 1, arguments=("--out", "/proc/x")
+    ),
     # What is printed.
-    Fault("stdout and stderr on a full disk", ONE, shell='"$@" >/dev/full 2>&1', survives=True),
-    Fault("stdout and stderr closed", ONE, shell='"$@" >&- 2>&-', survives=True),
-    Fault("stdin, stdout and stderr closed", ONE, shell='"$@" <&- >&- 2>&-', survives=True),
-    Fault("stdout a broken pipe", ONE, shell='"$@" | head -n 3 >/dev/null', survives=True),
+    *(
+        Fault(name, command, shell=shell, survives=True, arguments=resume)
+        for command, resume in ((ONE, ()), (SPIRAL, ("--resume-from-out",)))
+        for name, shell in {
+            "stdout and stderr on a full disk": '"$@" >/dev/full 2>&1',
+            "stdout and stderr closed": '"$@" >&- 2>&-',
+            "stdin, stdout and stderr closed": '"$@" <&- >&- 2>&-',
+            "stdout a broken pipe": '"$@" | head -n 3 >/dev/null',
+            "HOME unset": 'unset HOME; "$@"',
+            "one CPU": 'exec taskset -c 0 "$@"',
+        }.items()
+    ),
     Fault(
         "ASCII terminal, path of other letters",
         ONE,
@@ -173,7 +186,6 @@ FAULTS: list[Fault] = [
         environment={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     ),
     # Where it runs.
-    Fault("HOME unset", ONE, shell='unset HOME; "$@"', survives=True),
     Fault("TERM=dumb", ONE, environment={"TERM": "dumb"}, arguments=("--progress",), survives=True),
     Fault("nohup", ONE, shell='trap "" HUP; "$@"', survives=True, inject=send(signal.SIGHUP)),
     Fault("one CPU", WORKERS, shell='exec taskset -c 0 "$@"', survives=True),
@@ -239,13 +251,18 @@ FAULTS: list[Fault] = [
     Fault(
         "checkpoint cut", SPIRAL, "checkpoint.pt is damaged", 1, spiral_checkpoint(), arguments=("--resume-from-out",)
     ),
+    *(
+        Fault(f"{number.name} in mid-epoch", SPIRAL, SAVED, 128 + number, inject=send(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    ),
+    Fault("kill -9", SPIRAL, inject=send(signal.SIGKILL), status=-9),
     Fault(
-        "Ctrl-C in mid-epoch",
+        "folder removed",
         SPIRAL,
-        "stopped; go on with --resume",
+        "error: cannot .* No such file",
         1,
-        inject=send(signal.SIGINT),
-        when="test accuracy",
+        inject=lambda run: shutil.rmtree(run.out, ignore_errors=True),  # the run removes what is empty itself
+        takes_away=True,
     ),
     Fault("Ctrl-C while importing", SPIRAL, status=-2, inject=send(signal.SIGINT), after=1.0),
 ]

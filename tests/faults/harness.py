@@ -37,12 +37,13 @@ class Run:
         return self.out / "seed-0"
 
     def position(self) -> tuple[int, int]:
-        """Epoch and step of the newest checkpoint."""
+        """Epoch and step of the newest checkpoint; of spiral_mlp's one, when it was written."""
         with suppress(FileNotFoundError):  # the run has just removed an old one
             if paths := find(self.folder / "checkpoints"):
                 match = _NAME.fullmatch(paths[-1].name)
                 assert match is not None
                 return int(match["epoch"]), int(match["step"])
+            return 0, (self.out / "rdp" / "checkpoint.pt").stat().st_mtime_ns
         return (-1, 0)
 
     def children(self) -> list[int]:
