@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,13 @@ from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery, find_branches, traced
+from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
 from rdp.masks import branch_rates
-from rdp.native import find_native_drops
+from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
+from rdp.rows.axes import Coupling
 from rdp.rows.places import locate, settle_by_row
 from rdp.rows.plan import Plan, plan_rows
 from rdp.rows.program import Program
@@ -39,17 +42,38 @@ def check_model(model: nn.Module, options: Options) -> None:
     check_unattached(model)
     drops = find_native_drops(model)
     if drops and options.native == "error":
-        raise NativeDropPathError(
-            f"{type(model).__name__} drops paths by itself, and both together would drop more than either: "
-            f"{listed([str(drop) for drop in drops])}. Build it with a drop path rate of 0, or pass native='off' to "
-            "silence these until handle.remove()"
-        )
+        raise NativeDropPathError(_drops_by_itself(model, drops))
     modules = dict(model.named_modules())
     for name in options.named:
         if name not in modules:
             close = difflib.get_close_matches(name, modules, n=3)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise BranchError(f"branches names {name!r}, which is no module of {type(model).__name__}{hint}")
+
+
+def _drops_by_itself(model: nn.Module, drops: Sequence[NativeDrop], effect: str = "") -> str:
+    return (
+        f"{type(model).__name__} drops paths by itself, and both together would drop more than either: "
+        f"{listed([str(drop) for drop in drops])}{effect}. Build it with a drop path rate of 0, or pass native='off' to "
+        "silence these until handle.remove()"
+    )
+
+
+def _settings_to_silence(model: nn.Module, options: Options, found: Sequence[OwnDropping]) -> list[NativeDrop]:
+    """What has to be silenced, with `native="off"`, so that no branch is left out by chance."""
+    for dropping in found:
+        branches = listed([f"`{name}`" for name in dropping.branches])
+        if not dropping.settings:
+            suspects = listed([str(setting) for setting in dropping.suspects]) or "its rate has no name that was known"
+            raise NativeDropPathError(
+                f"{type(model).__name__} drops paths by itself, and both together would drop more than either: it "
+                f"leaves out {branches} in training by chance, and nothing that native='off' could set to 0 was found. "
+                f"Build it so that it leaves out none ({suspects})"
+            )
+        if options.native == "error":
+            effect = f", which leaves out {branches} by chance"
+            raise NativeDropPathError(_drops_by_itself(model, dropping.settings, effect))
+    return [setting for dropping in found for setting in dropping.settings]
 
 
 def check_unattached(model: nn.Module, besides: object = None) -> None:
@@ -72,6 +96,8 @@ class Choice:
     refused: tuple[Refusal, ...]
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
+    silenced: tuple[NativeDrop, ...] = ()
+    """What dropped paths by itself, and does not any more."""
     warnings: tuple[str, ...] = ()
     """What the user should be told."""
 
@@ -97,7 +123,28 @@ def choose_branches(
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
+        NativeDropPathError: If the model leaves out branches by chance, and is not to be, or cannot be, silenced.
     """
+    with ExitStack() as restored:
+        with forwards.undisturbed(model):
+            dropping = own_dropping(model, forwards.take_rows((args, kwargs), 2))
+        silenced = _settings_to_silence(model, options, dropping)
+        for setting in silenced:
+            restored.callback(setting.restore)
+            setting.silence()
+        choice = _choose_branches(model, options, args, kwargs, dense or {}, unsound or {})
+        restored.pop_all()
+    return replace(choice, silenced=tuple(silenced))
+
+
+def _choose_branches(
+    model: nn.Module,
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dense: Mapping[str, str],
+    unsound: Mapping[str, str],
+) -> Choice:
     by_row = options.mode == "row"
     # A model that is in eval mode as a whole does not say which of its parts will train.
     evaluated = {name for name, module in model.named_modules() if model.training and not module.training}
@@ -108,16 +155,16 @@ def choose_branches(
         for graph, alone in traced(model, pair, single):
             found = find_branches(graph, model, options.named, stops)
             for candidate in found.accepted:
-                candidate.reason = None if candidate.name in options.named else (unsound or {}).get(candidate.name)
+                candidate.reason = None if candidate.name in options.named else unsound.get(candidate.name)
             if options.compute != "dense":
                 allow_random = options.compute in ("rows", "ghost")
                 plan = plan_rows(found, alone, model, pair, allow_random, options.compute == "ghost")
             if found.accepted and not plan.wrong:
                 break
         assert found is not None
-        plan = plan.without(dense or {})
+        plan = plan.without(dense)
         places = locate(found.accepted, found.graph, alone)
-        odd = settle_by_row(found, places, model, pair, single, plan.programs) if by_row else None
+        odd = settle_by_row(found, places, model, pair, single, plan.programs) if by_row else Coupling()
         chosen = _selected(model, options, found)
         located = [
             replace(b, gates=tuple(replace(g, rows=at.gates[g.module, g.leaf]) for g in b.gates), cuts=at.cuts)
@@ -137,10 +184,15 @@ def choose_branches(
             f"{len(refused)} residual sums are left ungated and train plainly: {listed([str(r) for r in refused])}. "
             "Name the modules to gate in branches= if you know better",
         )
-    if odd is not None:
+    if odd.coupled is not None:
         told.append(
-            f"the rows of a batch influence each other even in eval mode, first in `{odd}`: is the first axis of the "
-            "input the batch? If not, use mode='batch'",
+            f"the rows of a batch influence each other even in eval mode, first in `{odd.coupled}`: is the first axis "
+            "of the input the batch? If not, use mode='batch'",
+        )
+    if odd.not_finite is not None:
+        told.append(
+            f"values are not finite, first in `{odd.not_finite}`: its weights, or the inputs, hold NaN or infinity, and "
+            "whether rows influence each other cannot be told",
         )
     if all(branch.idle for branch in located):
         told.append(
@@ -155,7 +207,7 @@ def choose_branches(
                 f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
-    return Choice(rated, refused, plan.programs, tuple(told))
+    return Choice(rated, refused, plan.programs, warnings=tuple(told))
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:

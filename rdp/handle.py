@@ -232,7 +232,7 @@ class ResidualDropPath:
             return
         choose.check_unattached(self.model, besides=self._run)
         check_sharding(self.model, self._run.agreement.ranks)
-        run, expected = self._run, self._run.expected
+        run, expected, silenced = self._run, self._run.expected, len(self._silenced)
         dense: dict[str, str] = {}
         unsound: dict[str, str] = {}
         installed: list[RemovableHandle] = []
@@ -240,6 +240,7 @@ class ResidualDropPath:
             while True:
                 with torch.inference_mode(False), self.paused():
                     choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound)
+                self._silenced += choice.silenced
                 self._install(choice, installed)
                 self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
                 wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}
@@ -252,6 +253,9 @@ class ResidualDropPath:
             check_branches(run, choice.branches)
         except BaseException:  # all or nothing: with some of the hooks, the other branches would train plainly
             self._uninstall(installed)
+            for drop in self._silenced[silenced:]:
+                drop.restore()
+            del self._silenced[silenced:]
             run.expected = expected
             raise
         run.expected, self.refused = None, choice.refused

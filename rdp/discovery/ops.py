@@ -86,3 +86,15 @@ FRESH = frozenset(
     for suffix in ("zeros", "ones", "full", "empty", "tensor", "like")
 )
 """Take a tensor for its shape alone; the result does not depend on its numbers."""
+
+FACTORIES = FRESH | _names("empty zeros ones full tensor arange rand randn randint randperm")
+"""Make a tensor where they are told to, of nothing that depends on data."""
+
+DRAWS = _names(
+    "rand rand_like uniform_ bernoulli bernoulli_ randint randint_like random_ randperm multinomial randn randn_like "
+    "normal normal_ exponential_ poisson binomial"
+)
+"""Draw random numbers, whatever mode the model is in."""
+
+PRODUCT = _names("mul mul_ multiply where masked_fill masked_fill_")
+"""A number a row in these keeps or takes away the row."""

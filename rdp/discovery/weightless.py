@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from rdp import trees
 from rdp.discovery.forwards import Inputs, contents, put_back
@@ -29,10 +33,9 @@ def on_meta(inputs: Inputs) -> Inputs:
 @contextmanager
 def weightless(model: nn.Module) -> Iterator[None]:
     """Hold parameters and buffers on `meta`, and take back whatever forwards leave in the modules."""
-    before = [(module, contents(module)) for module in model.modules()]
     stand_ins: dict[int, Tensor] = {}  # shared tensors stay shared
-    try:
-        for module, _ in before:
+    with left_alone(model), _Shapes():
+        for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     stand_in = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -40,6 +43,28 @@ def weightless(model: nn.Module) -> Iterator[None]:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = stand_ins.setdefault(id(buffer), buffer.detach().to("meta"))
+        yield
+
+
+class _Shapes(TorchFunctionMode):
+    """Says at once what shape a normalisation or a linear layer has on `meta`, where torch spends a millisecond on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and type(args[0]) is Tensor and args[0].is_meta:
+            if func in (functional.batch_norm, functional.gelu):
+                return torch.empty_like(args[0])
+            if func is functional.layer_norm:
+                return args[0].new_empty(args[0].shape)
+            if func is functional.linear and len(args) > 1 and args[0].shape[-1:] == args[1].shape[-1:]:
+                return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Take back whatever forwards leave in the modules."""
+    before = [(module, contents(module)) for module in model.modules()]
+    try:
         yield
     finally:
         for module, held in before:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from rdp.branches import RowAxis
+from rdp.discovery.chance import forced
 from rdp.discovery.forwards import Inputs, observe, take_rows, varied
 
 Place = tuple[str, int]
@@ -32,10 +33,29 @@ def row_axis(pair: Sequence[int], single: Sequence[int]) -> RowAxis | None:
     return RowAxis(differing[0], single[differing[0]])
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """What a forward of two rows and one of the first of them have shown.
+
+    Attributes:
+        coupled: The first module in whose output rows influence each other.
+        not_finite: The first module whose output is not finite, so that nothing can be told of what follows.
+    """
+
+    coupled: str | None = None
+    not_finite: str | None = None
+
+
+Settled = tuple[dict[Place, RowAxis | None], Coupling]
+
+
 def settle(
     model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place, RowAxis], sure: Collection[Place]
-) -> tuple[dict[Place, RowAxis | None], str | None]:
+) -> Settled:
     """Look at the numbers: how are rows laid out, and do they influence each other?
+
+    A model that draws random numbers in eval mode differs as much from itself: what is found is looked at again with
+    all draws alike.
 
     Args:
         model: The model.
@@ -46,17 +66,26 @@ def settle(
 
     Returns:
         Of the outputs that were looked at the axes, with the layout; None if a row's entries are in no known order.
-        And the first module in whose output rows influence each other: there the error jumps, while rounding errors
-        grow slowly.
+        And what couples the rows.
     """
     axes = {place: where for place, where in axes.items() if where.fold > 1 or place not in sure}
     if not axes:
-        return {}, None
+        return {}, Coupling()
+    settled, coupling = _settle(model, pair, single, axes)
+    if coupling.coupled is not None or None in settled.values():
+        with forced(high=False):
+            settled, coupling = _settle(model, pair, single, axes)
+    return settled, coupling
+
+
+def _settle(model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place, RowAxis]) -> Settled:
     two, one = (observe(model, inputs, {module for module, _ in axes}) for inputs in (pair, single))
     settled: dict[Place, RowAxis | None] = {}
     unclear: dict[Place, RowAxis] = {}
     coupled, before = None, 0.0
     for (module, leaf), where in axes.items():
+        if not one[module][leaf].is_meta and not one[module][leaf].isfinite().all():
+            return settled, Coupling(coupled, not_finite=module)
         layouts = [replace(where, outer=n) for n in range(1, where.fold + 1) if where.fold % n == 0]
         errors = {layout: _row_error(two[module][leaf], one[module][leaf], layout) for layout in layouts}
         fitting = [layout for layout in layouts if errors[layout] <= _COUPLED]
@@ -64,7 +93,7 @@ def settle(
         settled[module, leaf] = best
         if len(fitting) > 1:
             unclear[module, leaf] = where
-        if not fitting and before < _ROUNDING:
+        if not fitting and before < _ROUNDING:  # there the error jumps, while rounding errors grow slowly
             if where.fold > 1:
                 settled[module, leaf] = None
                 continue
@@ -74,7 +103,7 @@ def settle(
         # Inputs of zeros, say, have the same numbers in all entries. With other inputs a model may do anything.
         with suppress(Exception):
             settled |= settle(model, other, take_rows(other, 1), unclear, ())[0]
-    return settled, coupled
+    return settled, Coupling(coupled)
 
 
 def _row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:

@@ -13,7 +13,7 @@ from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
-from rdp.rows.axes import Place, row_axis, settle
+from rdp.rows.axes import Coupling, Place, row_axis, settle
 
 
 @dataclass
@@ -57,7 +57,7 @@ def locate(candidates: Collection[Candidate], pair: Graph, single: Graph) -> dic
 
 def settle_by_row(
     found: Discovery, places: dict[int, Places], model: nn.Module, pair: Inputs, single: Inputs, sure: Collection[str]
-) -> str | None:
+) -> Coupling:
     """Look at the numbers, and refuse what cannot be masked by row.
 
     Args:
@@ -69,7 +69,7 @@ def settle_by_row(
         sure: Names of branches in which rows are known to be independent.
 
     Returns:
-        The first module in whose output rows influence each other.
+        Where rows influence each other, or are no numbers.
     """
     axes: dict[Place, RowAxis] = {}
     for candidate in found.accepted:
@@ -78,10 +78,10 @@ def settle_by_row(
         folded = [cut for cut in own.cuts if not cut.of_input and cut.rows is not None and cut.rows.fold > 1]
         axes |= {(cut.module, cut.leaf): cut.rows for cut in folded if cut.rows is not None}
     certain = {place for c in found.accepted if c.name in sure for place in places[id(c)].gates}
-    settled, coupled = settle(model, pair, single, axes, certain)
+    settled, coupling = settle(model, pair, single, axes, certain)
     for candidate in found.accepted:
         candidate.reason = places[id(candidate)].settle(settled)
-    return coupled
+    return coupling
 
 
 def _gates(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[str, int], RowAxis | None]:

@@ -25,6 +25,7 @@ Outputs = Mapping[str, list[Tensor]]
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
+_INFLUENCE = "its rows influence each other"
 
 
 def verify_programs(model: nn.Module, pair: Inputs, programs: Programs) -> dict[str, str]:
@@ -99,7 +100,7 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
                 kept, wanted = list(trees.tensors(output))[leaf], expected[name][leaf]
                 found = branch.leave(kept, branch.replay()[program.result])
                 if not close(found, wanted):
-                    different[name] = "its rows influence each other"
+                    different[name] = _INFLUENCE if wanted.isfinite().all() else "its values are not finite"
                 # What follows is checked against the plain forward again, not against this one's rounding errors.
                 replaced = trees.with_tensor(output, leaf, wanted.clone())
             entered.remove(name)

@@ -1,0 +1,191 @@
+"""Forwards in which every draw comes out low, or every one high: what differs between them, a model does by chance.
+
+On the `meta` device, tensors of one number a row that depend on no data stay numbers, for a model may decide by them
+which of its modules to call.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rdp import trees
+from rdp.discovery import forwards, ops
+from rdp.discovery.forwards import Inputs, as_in_training
+from rdp.discovery.trace import Arguments, Trace
+from rdp.discovery.weightless import left_alone, on_meta, weightless
+
+_WORDS, _FORCED = 624, 600
+"""Words of a Mersenne twister's state, and how many are forced: who rejects numbers until one fits must find one."""
+_LOW, _HIGH = 0x00000040, 0x12DD9BB3
+"""Words that it puts out as almost nothing, 0x40, and as nothing but ones."""
+
+
+def draws_numbers(model: nn.Module, inputs: Inputs) -> bool:
+    """Does a forward as in training draw random numbers, besides those of dropout? Within `forwards.undisturbed`."""
+    watch = _Watch()
+    for place, given in _places(model, inputs):
+        with _own_generators() as used:
+            with suppress(Exception), place, as_in_training(model), watch:
+                forwards.run(model, given)
+                return watch.seen or used()
+            if watch.seen or used():
+                return True
+    return False
+
+
+def chance_trace(model: nn.Module, inputs: Inputs, high: bool) -> ChanceTrace | None:
+    """A forward as in training with all draws low, or high; None if none comes to its end."""
+    for place, given in _places(model, inputs):
+        with suppress(Exception), place, as_in_training(model), forced(high):
+            trace = ChanceTrace(model, high)
+            trace.run(*given)
+            return trace
+    return None
+
+
+@contextmanager
+def forced(high: bool) -> Iterator[None]:
+    """All draws come out low, or high, and Python's and numpy's global generators are put back afterwards."""
+    torch.manual_seed(0)  # for what cannot be forced; the caller has forked this generator
+    with _own_generators(), _Forced(high):
+        _force_generators(high)
+        yield
+
+
+def _places(model: nn.Module, inputs: Inputs) -> Iterator[tuple[AbstractContextManager[None], Inputs]]:
+    """On `meta` if that can be, and with numbers; and what to call the model with there."""
+    if forwards.only_device(model) is not None:
+        with suppress(ValueError):
+            yield weightless(model), on_meta(inputs)
+    yield left_alone(model), forwards.take_rows(inputs, 2)
+
+
+class ChanceTrace(Trace):
+    """The graph of a forward whose draws are forced.
+
+    Attributes:
+        zero: Of values with one number a row that depend on no data: are they zero?
+    """
+
+    def __init__(self, model: nn.Module, high: bool) -> None:
+        super().__init__(model)
+        self.zero: dict[int, bool] = {}
+        self._high = high
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        enter = super()._enter(name)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            _force_generators(self._high)
+            enter(module, args, kwargs)
+
+        return hook
+
+    def _bind(self, tensor: Tensor, index: int) -> int:
+        if not self.values[index].is_data and not tensor.is_meta and _one_a_row(tensor):
+            with torch._C.DisableTorchFunction():
+                self.zero[index] = bool((tensor == 0).all())
+        return super()._bind(tensor, index)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees whether random numbers are drawn."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ops.DRAWS or (name in ops.DROPOUT and args and _one_a_row(args[0])):
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+class _Forced(TorchFunctionMode):
+    """Forces torch's draws; generators of the model's own are left as they are."""
+
+    def __init__(self, high: bool) -> None:
+        super().__init__()
+        self.high = high
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name == "__get__":
+            return func(*args, **kwargs)
+        if name in ops.DRAWS:
+            kwargs.pop("generator", None)
+        given = list(trees.tensors((args, kwargs)))
+        if name in ops.DROPOUT and _one_a_row(given[0]):
+            return given[0] * int(self.high)
+        moved = _together(args, kwargs, given)
+        output = func(*moved[0], **moved[1])
+        if isinstance(output, Tensor) and output.is_meta and _one_a_row(output):
+            if name in ops.FACTORIES:
+                output = func(*moved[0], **moved[1] | {"device": "cpu"})
+            elif name in ("to", "type_as") and not given[0].is_meta:
+                output = given[0].to(output.dtype)
+        return self._force(name, output, args, kwargs) if name in ops.DRAWS else output
+
+    def _force(self, name: str, output: Any, args: Any, kwargs: Any) -> Any:
+        if name in ("bernoulli", "bernoulli_"):
+            return output.fill_(self.high)
+        if name == "randint":
+            bounds = [bound for bound in args[:2] if isinstance(bound, int)]
+            bounds += [kwargs[key] for key in ("low", "high") if key in kwargs]
+            return output.fill_(bounds[-1] - 1 if self.high else sum(bounds[:-1]))
+        if not output.is_floating_point():
+            return output
+        numbers = torch.finfo(output.dtype)
+        low, width = (args[1], args[2] - args[1]) if name == "uniform_" and len(args) == 3 else (0, 1)
+        # Not zero itself: with a probability of 0, `rand() > p` is always true but for a draw of exactly that.
+        return output.fill_(low + width * (1 - numbers.eps if self.high else numbers.tiny))
+
+
+def _one_a_row(tensor: object) -> bool:
+    """Has a tensor one number for each entry of its first axis, or one for all?"""
+    return isinstance(tensor, Tensor) and 0 < tensor.numel() == (tensor.shape[0] if tensor.dim() else 1)
+
+
+def _together(args: Any, kwargs: Any, given: list[Tensor]) -> Arguments:
+    """Tensors with numbers go to `meta` where they meet others there."""
+    if len({tensor.is_meta for tensor in given}) < 2:
+        return args, kwargs
+    moved: Arguments = trees.map_leaves(
+        lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() else leaf, (tuple(args), kwargs)
+    )
+    return moved
+
+
+@contextmanager
+def _own_generators() -> Iterator[Callable[[], bool]]:
+    """Put Python's and numpy's global generators back afterwards; what this gives tells whether they were used."""
+    numpy = sys.modules.get("numpy")
+
+    def state() -> tuple[Any, Any]:
+        return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
+
+    before = state()
+    known = pickle.dumps(before)
+    try:
+        yield lambda: pickle.dumps(state()) != known
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])
+
+
+def _force_generators(high: bool) -> None:
+    """Let Python's and numpy's global generators put out 300 numbers that are almost 0, or almost 1."""
+    words = (_HIGH if high else _LOW,) * _FORCED + tuple(range(1, _WORDS - _FORCED + 1))
+    random.setstate((3, (*words, 0), None))
+    if (numpy := sys.modules.get("numpy")) is not None:
+        with suppress(ValueError):  # another kind of generator was put in the place of numpy's
+            numpy.random.set_state(("MT19937", words, 0))
