@@ -54,8 +54,8 @@ def check_model(model: nn.Module, options: Options) -> None:
 def _drops_by_itself(model: nn.Module, drops: Sequence[NativeDrop], effect: str = "") -> str:
     return (
         f"{type(model).__name__} drops paths by itself, and both together would drop more than either: "
-        f"{listed([str(drop) for drop in drops])}{effect}. Build it with a drop path rate of 0, or pass native='off' to "
-        "silence these until handle.remove()"
+        f"{listed([str(drop) for drop in drops])}{effect}. Build it with a drop path rate of 0, or pass native='off' "
+        "to silence these until handle.remove()"
     )
 
 
@@ -191,8 +191,8 @@ def _choose_branches(
         )
     if odd.not_finite is not None:
         told.append(
-            f"values are not finite, first in `{odd.not_finite}`: its weights, or the inputs, hold NaN or infinity, and "
-            "whether rows influence each other cannot be told",
+            f"values are not finite, first in `{odd.not_finite}`: its weights, or the inputs, hold NaN or infinity, "
+            "and whether rows influence each other cannot be told",
         )
     if all(branch.idle for branch in located):
         told.append(

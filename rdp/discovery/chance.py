@@ -6,7 +6,6 @@ which of its modules to call.
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from rdp import trees
 from rdp.discovery import forwards, ops
-from rdp.discovery.forwards import Inputs, as_in_training
+from rdp.discovery.forwards import Inputs, as_in_training, generators, own_generators
 from rdp.discovery.trace import Arguments, Trace
 from rdp.discovery.weightless import left_alone, on_meta, weightless
 
+_ALMOST_0, _ALMOST_1 = 1e-7, 1 - 1e-7
+"""Low and high; not 0 itself, since `rand() > p` is true for a p of 0 but at that one number."""
 _WORDS, _FORCED = 624, 600
 """Words of a Mersenne twister's state, and how many are forced: who rejects numbers until one fits must find one."""
 _LOW, _HIGH = 0x00000040, 0x12DD9BB3
@@ -31,15 +32,18 @@ _LOW, _HIGH = 0x00000040, 0x12DD9BB3
 
 def draws_numbers(model: nn.Module, inputs: Inputs) -> bool:
     """Does a forward as in training draw random numbers, besides those of dropout? Within `forwards.undisturbed`."""
-    watch = _Watch()
+    watch, ended = Watch(), False
     for place, given in _places(model, inputs):
-        with _own_generators() as used:
-            with suppress(Exception), place, as_in_training(model), watch:
+        with suppress(Exception), place, as_in_training(model), watch:
+            before = generators()
+            try:
                 forwards.run(model, given)
-                return watch.seen or used()
-            if watch.seen or used():
-                return True
-    return False
+                ended = True
+            finally:
+                watch.draws += generators() != before
+        if ended or watch.draws:
+            break
+    return watch.draws > 0
 
 
 def chance_trace(model: nn.Module, inputs: Inputs, high: bool) -> ChanceTrace | None:
@@ -55,8 +59,8 @@ def chance_trace(model: nn.Module, inputs: Inputs, high: bool) -> ChanceTrace | 
 @contextmanager
 def forced(high: bool) -> Iterator[None]:
     """All draws come out low, or high, and Python's and numpy's global generators are put back afterwards."""
-    torch.manual_seed(0)  # for what cannot be forced; the caller has forked this generator
-    with _own_generators(), _Forced(high):
+    torch.default_generator.manual_seed(0)  # for what cannot be forced; the caller has forked it
+    with own_generators(), _Forced(high):
         _force_generators(high)
         yield
 
@@ -97,15 +101,15 @@ class ChanceTrace(Trace):
         return super()._bind(tensor, index)
 
 
-class _Watch(TorchFunctionMode):
-    """Sees whether random numbers are drawn."""
+class Watch(TorchFunctionMode):
+    """Counts torch's draws of random numbers."""
 
-    seen = False
+    draws = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ops.DRAWS or (name in ops.DROPOUT and args and _one_a_row(args[0])):
-            self.seen = True
+        if name in ops.DRAWS or (name in ops.DROPOUT and _takes_rows_away(args, kwargs or {})):
+            self.draws += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -123,7 +127,7 @@ class _Forced(TorchFunctionMode):
         if name in ops.DRAWS:
             kwargs.pop("generator", None)
         given = list(trees.tensors((args, kwargs)))
-        if name in ops.DROPOUT and _one_a_row(given[0]):
+        if name in ops.DROPOUT and _takes_rows_away(args, kwargs):
             return given[0] * int(self.high)
         moved = _together(args, kwargs, given)
         output = func(*moved[0], **moved[1])
@@ -136,22 +140,29 @@ class _Forced(TorchFunctionMode):
 
     def _force(self, name: str, output: Any, args: Any, kwargs: Any) -> Any:
         if name in ("bernoulli", "bernoulli_"):
-            return output.fill_(self.high)
+            chance = args[1] if len(args) > 1 else kwargs.get("p", args[0] if name == "bernoulli" else 0.5)
+            return output.copy_(torch.as_tensor(chance > (_ALMOST_1 if self.high else _ALMOST_0)))
         if name == "randint":
             bounds = [bound for bound in args[:2] if isinstance(bound, int)]
             bounds += [kwargs[key] for key in ("low", "high") if key in kwargs]
             return output.fill_(bounds[-1] - 1 if self.high else sum(bounds[:-1]))
         if not output.is_floating_point():
             return output
-        numbers = torch.finfo(output.dtype)
         low, width = (args[1], args[2] - args[1]) if name == "uniform_" and len(args) == 3 else (0, 1)
-        # Not zero itself: with a probability of 0, `rand() > p` is always true but for a draw of exactly that.
-        return output.fill_(low + width * (1 - numbers.eps if self.high else numbers.tiny))
+        unit = min(_ALMOST_1, 1 - torch.finfo(output.dtype).eps) if self.high else _ALMOST_0
+        return output.fill_(low + width * unit)
 
 
 def _one_a_row(tensor: object) -> bool:
     """Has a tensor one number for each entry of its first axis, or one for all?"""
     return isinstance(tensor, Tensor) and 0 < tensor.numel() == (tensor.shape[0] if tensor.dim() else 1)
+
+
+def _takes_rows_away(args: Any, kwargs: Any) -> bool:
+    """Is it dropout of one number a row?"""
+    chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    training = args[2] if len(args) > 2 else kwargs.get("training", True)
+    return bool(args) and _one_a_row(args[0]) and training and chance > 0
 
 
 def _together(args: Any, kwargs: Any, given: list[Tensor]) -> Arguments:
@@ -162,24 +173,6 @@ def _together(args: Any, kwargs: Any, given: list[Tensor]) -> Arguments:
         lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) and leaf.dim() else leaf, (tuple(args), kwargs)
     )
     return moved
-
-
-@contextmanager
-def _own_generators() -> Iterator[Callable[[], bool]]:
-    """Put Python's and numpy's global generators back afterwards; what this gives tells whether they were used."""
-    numpy = sys.modules.get("numpy")
-
-    def state() -> tuple[Any, Any]:
-        return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
-
-    before = state()
-    known = pickle.dumps(before)
-    try:
-        yield lambda: pickle.dumps(state()) != known
-    finally:
-        random.setstate(before[0])
-        if numpy is not None:
-            numpy.random.set_state(before[1])
 
 
 def _force_generators(high: bool) -> None:

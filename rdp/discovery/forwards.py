@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import sys
 from collections import OrderedDict, defaultdict
@@ -89,17 +90,29 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Global generators are put back afterwards: torch's on the CPU and wherever the model is, Python's and numpy's."""
+    """All global generators are put back afterwards: torch's on the CPU and wherever the model is, and the others."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    state, numpy_state = random.getstate(), numpy_random.get_state() if numpy_random is not None else None
+    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]), own_generators():
+        yield
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Python's and numpy's global generators are put back afterwards."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
     try:
-        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
-            yield
+        yield
     finally:
-        random.setstate(state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+        random.setstate(states[0])
+        if numpy is not None and states[1] is not None:
+            numpy.random.set_state(states[1])
+
+
+def generators() -> bytes:
+    """The states of Python's and numpy's global generators."""
+    numpy = sys.modules.get("numpy")
+    return pickle.dumps((random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)))
 
 
 def only_device(model: nn.Module) -> torch.device | None:

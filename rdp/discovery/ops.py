@@ -55,6 +55,7 @@ ELEMENTWISE = (
 DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout")
 
 ADD = _names("add add_ addcmul addcmul_ __add__ __iadd__ __radd__")
+SUBTRACT = _names("sub sub_ subtract __isub__ rsub __rsub__")
 CONCATENATE = _names("cat concat stack")
 
 WEIGHTED = _names("linear conv1d conv2d conv3d multi_head_attention_forward conv_transpose2d")

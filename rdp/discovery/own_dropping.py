@@ -96,8 +96,8 @@ def _look(model: nn.Module, inputs: Inputs) -> _Seen | None:
     low, high = chance_trace(model, inputs, high=False), chance_trace(model, inputs, high=True)
     if low is None or high is None:
         return None
-    owners = [value.owner for trace in (low, high) for value in trace.values if value.op in ops.DRAWS]
-    return _Seen(_taking_part(low), _taking_part(high), {owner.name for owner in owners if owner is not None})
+    draws = [v for v in low.values + high.values if v.op in ops.DRAWS | ops.DROPOUT and not v.is_data]
+    return _Seen(_taking_part(low), _taking_part(high), {v.owner.name for v in draws if v.owner is not None})
 
 
 def _taking_part(trace: ChanceTrace) -> set[BranchKey]:

@@ -13,6 +13,7 @@ rejected, with the reason.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rdp.branches import Kind
@@ -137,7 +138,19 @@ def _disqualify(graph: Graph, residual: Residual, sums: set[int]) -> str | None:
         return "sum of linear branches"  # re-parameterised RepVGG, MobileOne
     if not graph.parameters(path):
         return "branch has no parameters"
+    if _adds_back(graph, residual):
+        return "statistics of the input are added back"  # de-normalisation of time series
     return None
+
+
+def _adds_back(graph: Graph, residual: Residual) -> bool:
+    """Is the shortcut a number for many, a mean say, that was subtracted at the beginning of the branch?"""
+    values = graph.values
+    source = graph.source(residual.shortcut)
+    if math.prod(values[source].shape) >= math.prod(values[residual.sum].shape):
+        return False
+    subtractions = (values[i] for i in graph.ancestors(residual.branch, source) if values[i].op in ops.SUBTRACT)
+    return any(len(node.inputs) == 2 and graph.source(node.inputs[1]) == source for node in subtractions)
 
 
 def without_side_inputs(graph: Graph, residuals: list[Residual]) -> tuple[list[Residual], list[Rejection]]:

@@ -47,7 +47,7 @@ def weightless(model: nn.Module) -> Iterator[None]:
 
 
 class _Shapes(TorchFunctionMode):
-    """Says at once what shape a normalisation or a linear layer has on `meta`, where torch spends a millisecond on it."""
+    """Says at once what shape some layers have on `meta`, where torch spends a millisecond on each."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and type(args[0]) is Tensor and args[0].is_meta:

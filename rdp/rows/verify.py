@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.discovery.forwards import Enough, Inputs, as_in_training, observe, only_device, run
+from rdp.discovery.chance import Watch
+from rdp.discovery.forwards import (
+    Enough,
+    Inputs,
+    as_in_training,
+    generators,
+    observe,
+    only_device,
+    own_random_numbers,
+    run,
+)
 from rdp.rows.branch import BranchOnRows, Split
 from rdp.rows.program import Program, draws_random_numbers
 
@@ -25,7 +35,6 @@ Outputs = Mapping[str, list[Tensor]]
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
-_INFLUENCE = "its rows influence each other"
 
 
 def verify_programs(model: nn.Module, pair: Inputs, programs: Programs) -> dict[str, str]:
@@ -45,12 +54,14 @@ def verify_programs(model: nn.Module, pair: Inputs, programs: Programs) -> dict[
     for name, program in programs.items():
         kinds[draws_random_numbers(model, program), program.kind].append(name)
     random = {names[0]: programs[names[0]] for (draws, _), names in kinds.items() if draws}
-    failed = _verify(model, pair, random, observe(model, pair, random)) if random else {}
-    if exact := {names[0]: programs[names[0]] for (draws, _), names in kinds.items() if not draws}:
-        with as_in_training(model):
-            expected = observe(model, pair, exact)
-        with as_in_training(model):
-            failed |= _verify(model, pair, exact, expected)
+    exact = {names[0]: programs[names[0]] for (draws, _), names in kinds.items() if not draws}
+    failed: dict[str, str] = {}
+    for tried, alike in ((random, own_random_numbers), (exact, as_in_training)):
+        if tried:
+            with alike(model):
+                expected = observe(model, pair, tried)
+            with alike(model):
+                failed |= _verify(model, pair, tried, expected)
     return {name: failed[names[0]] for names in kinds.values() if names[0] in failed for name in names}
 
 
@@ -72,14 +83,20 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
     seen: set[str] = set()
     may_stop = only_device(model) is not None  # asked before there are hooks
     hooks = []
+    watch = Watch()
+
+    def drawn() -> object:
+        return watch.draws, generators()
 
     def check(name: str, program: Program) -> None:
         branch = BranchOnRows(model, program)
+        drawn_before: list[object] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if branch.replaying:
                 return None
             entered.append(name)
+            drawn_before.append(drawn())
             return branch.enter(
                 (args, kwargs), lambda device: Split(*torch.arange(2, device=device).chunk(2)), freeze=True
             )
@@ -93,14 +110,18 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
             if branch.replaying:
                 return None
             seen.add(name)
+            draws = [drawn()] != drawn_before[-1:]
             leaf, replaced = program.result_leaf, output
             if branch.passing is None:
                 different[name] = "it is called otherwise than when it was traced"
             else:
                 kept, wanted = list(trees.tensors(output))[leaf], expected[name][leaf]
                 found = branch.leave(kept, branch.replay()[program.result])
-                if not close(found, wanted):
-                    different[name] = _INFLUENCE if wanted.isfinite().all() else "its values are not finite"
+                if draws:
+                    different[name] = "it draws random numbers"
+                elif not close(found, wanted):
+                    finite = bool(wanted.isfinite().all())
+                    different[name] = "its rows influence each other" if finite else "its values are not finite"
                 # What follows is checked against the plain forward again, not against this one's rounding errors.
                 replaced = trees.with_tensor(output, leaf, wanted.clone())
             entered.remove(name)
@@ -117,7 +138,8 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
     try:
         for name, program in programs.items():
             check(name, program)
-        run(model, pair)
+        with watch:
+            run(model, pair)
     finally:
         for handle in hooks:
             handle.remove()

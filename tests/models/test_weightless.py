@@ -59,7 +59,7 @@ def test_hooks_of_somebody_else_see_numbers_and_forwards_that_end() -> None:
     model.register_forward_hook(lambda module, args, output: ends.append(1))
     assert len(on_rows(model, torch.randn(4, WIDTH))) == 3
     assert model.calls == [4, 4, 4]
-    assert len(ends) == 4
+    assert len(ends) == 5  # the fifth looks for own dropping, and takes back what it leaves in the modules
     assert not any(on_meta)
 
 
