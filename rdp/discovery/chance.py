@@ -24,10 +24,11 @@ from rdp.discovery.weightless import left_alone, on_meta, weightless
 
 _ALMOST_0, _ALMOST_1 = 1e-7, 1 - 1e-7
 """Low and high; not 0 itself, since `rand() > p` is true for a p of 0 but at that one number."""
-_WORDS, _FORCED = 624, 600
-"""Words of a Mersenne twister's state, and how many are forced: who rejects numbers until one fits must find one."""
+_FORCED = 600
 _LOW, _HIGH = 0x00000040, 0x12DD9BB3
-"""Words that it puts out as almost nothing, 0x40, and as nothing but ones."""
+"""Words of a Mersenne twister's state that it puts out as almost nothing, 0x40, and as nothing but ones."""
+_REST = (0x92CDB9B7,) * 12 + tuple(range(1, 13))
+"""The rest of the 624, for who rejects numbers until one fits: a zero and ones, the highest that `randrange` takes."""
 
 
 def draws_numbers(model: nn.Module, inputs: Inputs) -> bool:
@@ -177,7 +178,7 @@ def _together(args: Any, kwargs: Any, given: list[Tensor]) -> Arguments:
 
 def _force_generators(high: bool) -> None:
     """Let Python's and numpy's global generators put out 300 numbers that are almost 0, or almost 1."""
-    words = (_HIGH if high else _LOW,) * _FORCED + tuple(range(1, _WORDS - _FORCED + 1))
+    words = (_HIGH if high else _LOW,) * _FORCED + _REST
     random.setstate((3, (*words, 0), None))
     if (numpy := sys.modules.get("numpy")) is not None:
         with suppress(ValueError):  # another kind of generator was put in the place of numpy's

@@ -60,12 +60,13 @@ class Graph:
             node = self.values[node.inputs[0]]
         return node.index
 
-    def source(self, value: int) -> int:
-        """The value whose numbers `value` holds, some of them or several times."""
+    def sources(self, value: int) -> Iterator[int]:
+        """`value`, and those whose numbers it holds, some of them or several times."""
+        yield value
         node = self.values[value]
         while node.op in ops.VIEW | ops.SLICE | ops.BROADCAST and self.values[node.inputs[0]].is_data:
             node = self.values[node.inputs[0]]
-        return node.index
+            yield node.index
 
     def terms(self, value: int, depth: int = 0) -> Iterator[int]:
         """`value` and, if it is a sum, its terms and partial sums."""

@@ -146,11 +146,12 @@ def _disqualify(graph: Graph, residual: Residual, sums: set[int]) -> str | None:
 def _adds_back(graph: Graph, residual: Residual) -> bool:
     """Is the shortcut a number for many, a mean say, that was subtracted at the beginning of the branch?"""
     values = graph.values
-    source = graph.source(residual.shortcut)
-    if math.prod(values[source].shape) >= math.prod(values[residual.sum].shape):
+    size = math.prod(values[residual.sum].shape)
+    fewer = {i for i in graph.sources(residual.shortcut) if math.prod(values[i].shape) < size}
+    if not fewer:
         return False
-    subtractions = (values[i] for i in graph.ancestors(residual.branch, source) if values[i].op in ops.SUBTRACT)
-    return any(len(node.inputs) == 2 and graph.source(node.inputs[1]) == source for node in subtractions)
+    subtractions = (values[i] for i in graph.ancestors(residual.branch, min(fewer)) if values[i].op in ops.SUBTRACT)
+    return any(fewer.intersection(graph.sources(node.inputs[1])) for node in subtractions if len(node.inputs) == 2)
 
 
 def without_side_inputs(graph: Graph, residuals: list[Residual]) -> tuple[list[Residual], list[Rejection]]:

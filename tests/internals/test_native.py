@@ -7,7 +7,7 @@ import timm.layers
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from rdp.native import NativeDrop, find_native_drops
+from rdp.native import NativeDrop, find_native_drops, settings_around
 
 
 class Holder(nn.Module):
@@ -33,6 +33,9 @@ class Holder(nn.Module):
         (Holder("BatchStochasticDepth", p=0.25), "p"),
         (Holder("DropPath", drop_prob=0.0, p=0.25), "p"),
         (Holder("Encoder", layerdrop=0.25), "layerdrop"),
+        (Holder("LayerDropout", prob=0.25), "prob"),
+        (Holder("LayerDropModuleList", p=0.25), "p"),
+        (Holder("Block", sample_drop_ratio=0.25), "sample_drop_ratio"),
         (Holder("Encoder", drop_path_prob=0.25), "drop_path_prob"),
     ],
 )
@@ -77,3 +80,32 @@ def test_each_module_is_found_once_and_in_order():
     encoder = Holder("StochasticDepth", drop_prob=0.2, drop_path_prob=0.4)
     found = find_native_drops(nn.Sequential(*paths, encoder))
     assert [str(drop) for drop in found] == ["0.drop_prob = 0.1", "2.drop_prob = 0.3", "3.drop_prob = 0.2"]
+
+
+def test_settings_are_found_in_modules_around_and_in_their_configurations():
+    config = {"eps": 1e-5, "layers": 4, "skip": {"rate": 0.5}, "label": "a", "on": True}
+    inner = Holder(p=0.25, keep_prob=0.75, rates=(0.0, 0.5), sizes=(1.0, 2.0), none=(0.0, 0.0), config=config)
+    model = nn.ModuleDict({"block": nn.Sequential(inner), "other": Holder(p=0.5)})
+    groups = settings_around(model, ["block.0"])
+    names = [str(group[0]) for group in groups if group[0].off in (0.0, (0.0, 0.0))]
+    assert sorted(names) == [
+        "block.0.config.eps = 1e-05",
+        "block.0.config.skip.rate = 0.5",
+        "block.0.keep_prob = 0.75",
+        "block.0.p = 0.25",
+        "block.0.rates = (0.0, 0.5)",
+    ]
+    rates = next(group[0] for group in groups if group[0].attribute == "rates")
+    rates.silence()
+    assert inner.rates == (0.0, 0.0)
+    rates.restore()
+    assert inner.rates == (0.0, 0.5)
+
+
+def test_settings_that_speak_for_themselves_come_first_and_those_of_several_layers_together():
+    layers = [Holder(a=0.5, layer_dropout=0.5 + i / 10) for i in range(2)]
+    for layer in layers:
+        layer.__class__ = type(layers[0])
+    groups = settings_around(nn.Sequential(*layers), ["0", "1"])
+    assert [str(setting) for setting in groups[0]] == ["0.layer_dropout = 0.5", "1.layer_dropout = 0.6"]
+    assert [group[0].off for group in groups] == [0.0, 0.0, 1.0, 1.0]

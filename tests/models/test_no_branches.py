@@ -179,7 +179,42 @@ class NoParameters(nn.Module):
         return self.head(x + self.pool(x))
 
 
+class Forecast(nn.Module):
+    """Steps to come of a series whose mean is taken away before and added back in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        x = x - mean
+        deviation = x.std(1, keepdim=True)
+        y = self.layers((x / deviation).transpose(1, 2)).transpose(1, 2)
+        return y * deviation[:, 0, :].unsqueeze(1).repeat(1, 4, 1) + mean[:, 0, :].unsqueeze(1).repeat(1, 4, 1)
+
+
+class ForecastFromLast(Forecast):
+    """The last value takes the place of the mean, and a module returns what it is added to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x[:, -1:, :]
+        y = self.layers((x - last).transpose(1, 2))
+        return y + last.transpose(1, 2).expand(-1, -1, 4)
+
+
+class ForecastInPlace(Forecast):
+    """For each channel as a row, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).flatten(0, 1).clone()
+        median = x.median(-1, keepdim=True).values
+        x -= median
+        return self.layers(x).mul_(2).add_(median.expand(-1, 4))
+
+
 IMAGE = torch.randn(2, 3, 8, 8)
+ADDED_BACK = "statistics of the input are added back"
 CASES = [
     (FeaturePyramid, IMAGE, ["long skip over a resampled path"]),
     (Positions, torch.randn(2, 8, 8), ["adds a constant"]),
@@ -191,6 +226,7 @@ CASES = [
     (Fusion, IMAGE, ["branch does not run inside the adding module"]),
     (Mixed, torch.randn(2, 8), ["broadcasts or is no real floating point"]),
     (NoParameters, IMAGE, ["branch has no parameters"]),
+    *((kind, torch.randn(2, 8, 3), [ADDED_BACK]) for kind in (Forecast, ForecastFromLast, ForecastInPlace)),
 ]
 
 

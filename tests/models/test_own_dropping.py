@@ -251,7 +251,8 @@ def test_it_is_refused_by_the_name_of_its_setting(make: Callable[[], nn.Module],
     before, drawn = everything(model), generators()
     with pytest.raises(rdp.NativeDropPathError) as error:
         rdp.attach(model, 0.3, example_inputs=x)
-    assert f": {setting}" in str(error.value) and "native='off'" in str(error.value)
+    assert f": {setting}" in str(error.value)
+    assert "native='off'" in str(error.value)
     after = everything(model)
     assert [key for key in before if not same(before[key], after[key])] == []
     assert generators() == drawn
@@ -403,8 +404,9 @@ def test_masking_in_time_is_no_dropping_of_paths(family: str) -> None:
 
 def test_masked_autoencoders_draw_and_are_not_refused() -> None:
     config = transformers.ViTMAEConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
-        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32,
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+        patch_size=4, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error", rdp.RdpWarning)
