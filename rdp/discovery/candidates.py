@@ -13,7 +13,7 @@ from rdp.discovery.cuts import Cut, NoCut, find_cuts
 from rdp.discovery.graph import Graph
 from rdp.discovery.nesting import End, Nesting
 from rdp.discovery.residuals import Residual
-from rdp.discovery.seams import Seam, find_seams, parameters_after
+from rdp.discovery.seams import Seam, block_seam, find_seams, parameters_after
 
 _INNER_SHARE = 0.5
 """Of nested branches the outer one is gated if the inner ones hold less than this share of its parameters."""
@@ -44,11 +44,10 @@ class Candidate:
         """Is the other one masked on the way from x to the end of this one?"""
         return other is not self and any(seam.value in self.path for seam in other.seams)
 
-    @property
-    def ends(self) -> list[End]:
+    def ends(self, graph: Graph) -> list[End]:
         """Where it is gated."""
         if self.residuals and (not self.vouched or any(seam.of_block for seam in self.seams)):
-            return [(residual.sum, residual.branch) for residual in self.residuals]
+            return [(r.sum, i) for r in self.residuals for i in (r.branch, *graph.factors(r.sum, r.shortcut, r.branch))]
         return [(None, seam.value) for seam in self.seams]  # what is masked, whatever becomes of it
 
 
@@ -70,7 +69,12 @@ def find_candidates(
             try:
                 candidate.cuts = find_cuts(graph, candidate.residuals, candidate.seams, candidate.path)
             except NoCut as why:
-                candidate.reason = str(why)
+                # All of a block can be detached, whatever the branch is multiplied by.
+                whole = block_seam(graph, candidate.residuals[0]) if len(candidate.residuals) == 1 else []
+                if whole and graph.trace.count[whole[0].call.name] == 1:
+                    candidate.seams = whole
+                else:
+                    candidate.reason = str(why)
     return _with_named(graph, _without_nested(graph, model, candidates), named)
 
 
@@ -131,7 +135,7 @@ def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate])
         return sum(sizes.get(name, 0) for name in graph.parameters(candidate.path))
 
     sound = [c for c in candidates if c.reason is None]
-    nesting = Nesting(graph, [c.ends for c in sound])
+    nesting = Nesting(graph, [c.ends(graph) for c in sound])
     dropped: set[int] = set()
     for place, outer in reversed([*enumerate(sound)]):  # an outer sum comes after the inner ones
         # What lies inside but on no way from x, such as queries that are made elsewhere, is another branch's business.

@@ -72,9 +72,8 @@ def find_cuts(graph: Graph, residuals: Sequence[Residual], seams: Sequence[Seam]
 def _factors(graph: Graph, residuals: Sequence[Residual], ends: set[int], path: set[int]) -> Iterator[tuple[int, int]]:
     """What is used between the gates and the sums but not made from x, each with the value that is made of it."""
     for residual in residuals:
-        for source in set(graph.values[residual.sum].inputs) - {residual.shortcut, residual.branch}:  # of addcmul
-            if graph.values[source].is_data:
-                yield residual.sum, source
+        for source in graph.factors(residual.sum, residual.shortcut, residual.branch):
+            yield residual.sum, source
     todo, seen = [residual.branch for residual in residuals], set(ends)
     while todo:
         index = todo.pop()
@@ -185,7 +184,8 @@ class _Finder:
         given = self.values[source].shape
         numbers = torch.arange(math.prod(given), device="cpu").view(given)
         try:
-            if node.op in ops.ELEMENTWISE and not (node.op == "alias" and len(node.inputs) > 1):
+            name = node.op if node.op.endswith("__") else node.op.removesuffix("_")
+            if name in ops.ELEMENTWISE and not (name == "alias" and len(node.inputs) > 1):
                 return numbers.expand(node.shape)
             if node.recipe is None or node.op not in ops.MOVES:
                 return None

@@ -45,7 +45,7 @@ class Discovery:
 
     def refused(self) -> tuple[Refusal, ...]:
         """Residual sums that cannot be gated and are in no branch that is."""
-        nesting = Nesting(self.graph, [c.ends for c in self.accepted])
+        nesting = Nesting(self.graph, [c.ends(self.graph) for c in self.accepted])
         return tuple(
             Refusal(c.name, _block(self.graph, c), c.reason)
             for c in self.candidates
@@ -59,7 +59,7 @@ class Discovery:
             chosen: Of the accepted ones, those that are; None: all.
         """
         graph, chosen = self.graph, self.accepted if chosen is None else chosen
-        ends = [candidate.ends for candidate in chosen]
+        ends = [candidate.ends(graph) for candidate in chosen]
         nesting, parameters = Nesting(graph, ends), parameters_by_branch(graph, ends)
         groups = dict.fromkeys(_rate_group(graph, candidate) for candidate in self.accepted)
         depths = {group: depth for depth, group in enumerate(groups)}

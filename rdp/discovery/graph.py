@@ -91,6 +91,10 @@ class Graph:
         """Names of the parameters and buffers used on `path`."""
         return {name for i in self.constants(path) if (name := self.values[i].parameter) is not None}
 
+    def factors(self, sum_: int, shortcut: int, branch: int) -> list[int]:
+        """What a sum takes in besides its operands: in `addcmul` a factor of the branch."""
+        return [i for i in dict.fromkeys(self.values[sum_].inputs) if i not in (shortcut, branch)]
+
     def rank(self, path: Collection[int]) -> int:
         """`LINEAR_FORM`, `AFFINE_MAP` or `NONLINEAR`."""
         nodes = [self.values[i] for i in path]

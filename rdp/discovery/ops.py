@@ -46,11 +46,12 @@ ELEMENTWISE = (
     | SCALE
     | KEEPS_ZERO
     | _names(
-        "add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ rsub __rsub__ __mul__ __rmul__ __neg__ sigmoid sigmoid_ "
-        "softplus exp square sqrt clamp hardsigmoid hardtanh logsigmoid sin cos erf pow __pow__ reciprocal abs"
+        "add __add__ __iadd__ __radd__ sub __sub__ rsub __rsub__ __mul__ __rmul__ __rdiv__ __rtruediv__ reciprocal abs "
+        "pow __pow__ square sqrt rsqrt exp log sin cos erf sigmoid logsigmoid hardsigmoid hardtanh softplus clamp clip "
+        "where masked_fill maximum minimum"
     )
 )
-"""Each number of the result comes from those at the same place in the inputs, which are broadcast."""
+"""Each number of the result comes from those at the same place in the inputs, which are broadcast; in place, too."""
 
 DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout")
 

@@ -32,14 +32,15 @@ def find_seams(graph: Graph, residual: Residual) -> list[Seam]:
     path = graph.between(residual.fork, residual.branch)
     seams = _seams(graph, residual.branch, residual, path)
     if not seams or parameters_after(graph, residual, residual.branch, seams):
-        return _block_seam(graph, residual) or seams
+        return block_seam(graph, residual) or seams
     return seams
 
 
 def parameters_after(graph: Graph, residual: Residual, value: int, seams: list[Seam]) -> set[str]:
     """Parameters applied between the seams and `value`: FREEZE could not keep undropped rows from training them."""
     before = set().union(*(graph.between(residual.fork, seam.value) for seam in seams))
-    return graph.parameters(graph.between(residual.fork, value) - before) & graph.trainable
+    after = graph.between(residual.fork, value) - before
+    return graph.parameters(after | ({residual.sum} if value == residual.branch else set())) & graph.trainable
 
 
 def _seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
@@ -91,7 +92,7 @@ def _earlier_seams(graph: Graph, value: int, residual: Residual, path: set[int])
     return [replace(seam, zero_only=seam.zero_only or zero_only) for seam in seams.values()]
 
 
-def _block_seam(graph: Graph, residual: Residual) -> list[Seam]:
+def block_seam(graph: Graph, residual: Residual) -> list[Seam]:
     """A block that takes x and returns x + f(x) can be masked as a whole: where(mask, output, input)."""
     owner = graph.values[residual.sum].owner
     if (

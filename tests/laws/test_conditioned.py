@@ -167,8 +167,48 @@ class FilmModule(Block):
         return self.add(0, x, self.film(self.f(x), c))
 
 
+class InPlaceGate(ModuleGate):
+    """All in place."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        gate, branch = self.gate(c).mul_(2).tanh_(), self.f(x)
+        branch *= gate.unsqueeze(1)
+        return self.add(0, x, branch)
+
+
+class Addcmul(ModuleGate):
+    """The sum itself multiplies."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        gate, branch = self.gate(c).unsqueeze(1), self.f(x)
+        return torch.addcmul(x, gate, branch) if self.masks is None else self.add(0, x, gate * branch)
+
+
+class TableGate(Block):
+    """A parameter outside of any module is added to what the gate is made of: the block is detached as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.table = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.add(0, x, (self.table + c).unsqueeze(1) * self.f(x))
+
+
+class Itself(Block):
+    """x multiplies its own branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.add(0, x, x * self.f(x + c.unsqueeze(1)))
+
+
 BLOCKS = [
     ModuleGate, FunctionGate, TwoFactors, AdaLNZero, SliceOfView, NormWithGate, GivenGate, GateOfBoth, FilmModule,
+    InPlaceGate, Addcmul, TableGate, Itself,
 ]  # fmt: skip
 
 
@@ -284,15 +324,14 @@ def test_a_gate_that_the_model_is_given() -> None:
 # -- where it cannot be ------------------------------------------------------------------------------------------------
 
 
-class TableGate(Block):
-    """PixArt: a parameter outside of any module is added to what the gate is made of."""
+class TwoTableGates(TableGate):
+    """PixArt: the same, but the block is more than this branch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.table = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+    sums = 2
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.add(0, x, (self.table + c).unsqueeze(1) * self.f(x))
+        x = super().forward(x, c)
+        return self.add(1, x, (self.table - c).unsqueeze(1) * self.f(x).tanh())
 
 
 class GateThatServesBoth(Block):
@@ -307,25 +346,28 @@ class GateThatServesBoth(Block):
         return self.add(0, x, g * self.f(x)) + g
 
 
-class MeanGate(GateThatServesBoth):
-    """The gate is the same for all rows: what one row learns, it learns for all."""
+class MixedGate(GateThatServesBoth):
+    """A function mixes what the gate is made of, which might be rows; and the block is more than the branch."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.add(0, x, self.gate(c).mean(0) * self.f(x))
+        return self.add(0, x, torch.softmax(self.gate(c), 1).unsqueeze(1) * self.f(x)).tanh()
 
 
 @pytest.mark.parametrize(
     ("block", "told"),
-    [(TableGate, "parameter `blocks.0.table`"), (GateThatServesBoth, "is used elsewhere too"), (MeanGate, "`mean`")],
+    [
+        (TwoTableGates, "parameter `blocks.0.table`"),
+        (GateThatServesBoth, "is used elsewhere too"),
+        (MixedGate, "made by the function `softmax`"),
+    ],
 )
 def test_what_cannot_be_cut_is_refused_where_freeze_would_need_it(block: type[Block], told: str) -> None:
     model = Net(block).double()
     with pytest.raises(rdp.BranchError, match=f"(?s)blocks.0.f.*{told}"):
         rdp.attach(model, 0.5, example_inputs=batch(3))
-    with rdp.attach(model, 0.5, phases=(rdp.Phase.DROP,), example_inputs=batch(3)) as handle:
-        assert len(handle.branches) == 2
-    with rdp.attach(model, 0.5, mode="batch", freeze="params", example_inputs=batch(3)) as handle:
-        assert len(handle.branches) == 2
+    for elsewhere in ({"phases": (rdp.Phase.DROP,)}, {"mode": "batch", "freeze": "params"}):
+        with rdp.attach(model, 0.5, example_inputs=batch(3), **elsewhere) as handle:
+            assert {"blocks.0.f", "blocks.1.f"} == {branch.name for branch in handle.branches}
 
 
 def test_a_mask_that_the_model_is_given_is_no_reason() -> None:
