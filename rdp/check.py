@@ -69,7 +69,7 @@ def _problems(run: Run, gated: list[Branch]) -> Iterable[str]:
     if lost:
         yield f"{_named(lost)} lost the hook, or was replaced by another module, and trains plainly; attach again"
     unreached = [b.name for i, b in enumerate(run.branches) if b.rate > 0 and i not in watch.reached]
-    if watch.forwards and unreached and not watch.compiled:
+    if watch.forwards and unreached:
         yield (f"{_named(unreached)} was never reached by a training forward: the model does not call it any more")
     added = [name for name, _ in run.model.named_parameters() if name not in watch.known]
     if added:

@@ -45,7 +45,7 @@ class ResidualDropPath:
         self.refused: tuple[Refusal, ...] = ()
         self._proof = Proof({}, "no branch is known yet")
         self._run = Run(model, options, ranks, self._discover)
-        compiled.register(self._run)
+        compiled.attached(self._run)
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
         for drop in self._silenced:
             drop.silence()
@@ -161,7 +161,7 @@ class ResidualDropPath:
         for drop in self._silenced:
             drop.restore()
         if self._hooks:
-            compiled.forget_compiled()
+            compiled.detached(self._run)
         self._run.agreement.ranks.leave()
         self._hooks, self._silenced, self._run.attached = [], [], False
 

@@ -5,6 +5,8 @@ are made on the CPU: CUDA graphs, which would replay those of their recording fo
 
 That a backward has come to a compiled forward is seen by another operator, in the graph of the backward. The *ticket*
 that it is given is kept for it by autograd, and so lives as long as the graph of the forward.
+
+Which branches a graph gates is noted as it is traced, and a graph serves those modules alone that have its hooks.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from rdp.training.run import Run
 
 _runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+_guarding: dict[int, bool] = {}
+"""The attached runs, by id, and whether torch was to skip guards on hooks when each was attached."""
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
 def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor]:
     """Begin a forward of the N rows of `x`; its masks, bool `Tensor[branches, N]`, and ticket, int64 `Tensor[2]`."""
-    _runs[run].watch.compiled = True
     forward = _runs[run].begin_forward(x.shape[0])
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
@@ -96,17 +99,51 @@ def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 
+@torch.compiler.assume_constant_result  # called while a graph is traced, and not by the graph
+def traced(run: int, branch: int) -> int:
+    """Note that a graph gates a branch; returns a number, since a compiler wants a constant."""
+    _runs[run].watch.traced.add(branch)
+    _runs[run].watch.reached.add(branch)
+    return branch
+
+
 def end(run: Run, *_: Any) -> None:
     """End a forward as torch.compile sees it."""
     run.compiled = None
 
 
-def register(run: Run) -> None:
-    """Make a run known to the operators."""
+def attached(run: Run) -> None:
+    """Make a run known to the operators, and have compiled code look at hooks for as long as it is attached.
+
+    Unless told otherwise, torch takes it for granted that modules of one class have the same hooks: a graph of a module
+    without any (a branch of rate 0, a plain twin of the model) would serve for gated ones, which would train plainly.
+    """
+    import torch._dynamo  # the first optimizer of a process does so too: the 3 seconds come earlier, not on top
+
     _runs[id(run)] = run
+    config = torch._dynamo.config
+    _guarding.setdefault(id(run), config.skip_nnmodule_hook_guards)
+    config.skip_nnmodule_hook_guards = False
+    weakref.finalize(run, _unguard, id(run)).atexit = False
+
+
+def detached(run: Run) -> None:
+    """The hooks of a run are not in the model any more."""
+    _unguard(id(run))
+    forget_compiled()
 
 
 def forget_compiled() -> None:
     """Drop compiled code: it was made without the hooks that have just been added, or with those just removed."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+def _unguard(run: int) -> None:
+    """Give torch its setting back when the last run has gone, whichever that is."""
+    skipped = _guarding.pop(run, False)
+    if _guarding:
+        first = next(iter(_guarding))
+        _guarding[first] |= skipped  # what the first one found is the user's; the others found ours
+    elif skipped:
+        torch._dynamo.config.skip_nnmodule_hook_guards = True

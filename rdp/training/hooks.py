@@ -197,6 +197,7 @@ class GateHook(RunHook):
             return None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         source = next(trees.tensors(given)) if self.point.of_block else None
+        compiled.traced(id(run), self.branch)
         x = compiled.marked(run, self.branch, x)
         keep = gates.broadcast_rows(run.compiled[0][self.branch].to(x.device, non_blocking=True), x, self.point)
         return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, self.keep_prob))

@@ -24,8 +24,8 @@ class Watch:
         self.model = model
         self.forwards = 0
         self.reached: set[int] = set()
-        self.compiled = False
-        """Has a compiled graph begun a forward? What it reaches cannot be seen."""
+        self.traced: set[int] = set()
+        """The branches that are gated in compiled code, whose calls cannot be seen one by one."""
         self.known: frozenset[str] = frozenset()
         """Names of the parameters that there were when the branches were found."""
         self.moved: dict[str, int] = {}

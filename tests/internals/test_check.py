@@ -7,6 +7,7 @@ from laws.architectures import LoopMLP
 
 import rdp
 from rdp.check import Checkup, check
+from rdp.training import compiled
 
 
 def run() -> rdp.training.run.Run:
@@ -24,11 +25,12 @@ def test_a_checkup_is_printed_a_line_each():
     assert str(Checkup(("one",), ("bad", "worse"))) == "one\nPROBLEM: bad\nPROBLEM: worse"
 
 
-def test_what_compiled_code_reaches_cannot_be_seen():
+def test_what_a_graph_gates_has_been_reached():
     here = run()
     here.watch.forwards = 1
     assert len(check(here, ()).problems) == 1
-    here.watch.compiled = True
+    for branch in range(2):
+        assert compiled.traced(id(here), branch) == branch
     assert check(here, ()).ok
 
 

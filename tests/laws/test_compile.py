@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -163,6 +164,146 @@ def test_compiled_modules_inside_of_branches_run_on_rows_with_one_graph_for_each
         handle.advance()
         dense.advance()
     assert [backend.made for backend in graphs] == [2] * 3, "12 undropped rows, and 4 dropped ones"
+
+
+# -- a graph serves those modules alone that have its hooks -----------------------------------------------------------
+
+LINEAR = [
+    pytest.param(Case(BlockMLP, (("plain",) * 3,), rate=0.8, seed=3), id="mlp"),
+    pytest.param(Case(BlockMLP, (("norm",) * 3,), rate=0.8, mode="batch", seed=4), id="mlp-batch"),
+    pytest.param(Case(ConvNet, ("basic", (1, 1, 1)), rate=0.8, seed=3), id="conv"),
+    pytest.param(Case(Transformer, ("pre_norm", 3), rate=0.8, seed=3), id="transformer"),
+]
+"""With rates that grow from 0: the first block has no hook, and is otherwise as the others are."""
+
+
+def _in_a_new_module(model: nn.Module, backend: str) -> nn.Module:
+    return torch.compile(model, backend=backend)
+
+
+def _in_place(model: nn.Module, backend: str) -> nn.Module:
+    model.compile(backend=backend)
+    return model
+
+
+def _by_block(model: nn.Module, backend: str) -> nn.Module:
+    for block in model.body:
+        block.compile(backend=backend)
+    return model
+
+
+WAYS = [_in_a_new_module, _in_place, _by_block]
+BACKENDS = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+
+
+def trains_as_the_oracle(case: Case, compiled: nn.Module, model: nn.Module, handle: rdp.ResidualDropPath) -> None:
+    """A cycle of training."""
+    reference = copy.deepcopy(model)
+    dropped = 0
+    for step in range(2):
+        x = model.rows(6, step)
+        output = compiled(x)
+        expected = case.oracle(reference, x, handle.masks, handle.phase)
+        torch.testing.assert_close(output, expected)
+        loss(output).backward()
+        loss(expected).backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(*(torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q)))
+        model.zero_grad()
+        reference.zero_grad()
+        dropped += int((~handle.masks).sum())
+        handle.advance()
+    assert dropped
+    assert not any("never reached" in problem for problem in handle.check().problems)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.strip("_"))
+@pytest.mark.parametrize("case", LINEAR)
+def test_graphs_of_a_plain_twin_and_of_ungated_blocks_are_not_used_by_gated_ones(case, way, backend):
+    """A plain twin (a baseline, a teacher) may be called before, after and in between, in training and evaluation."""
+    model = case.model()
+    twin, x = copy.deepcopy(model), model.rows(6, 9)
+    handle = case.attach(model, example_inputs=x)
+    compiled, compiled_twin = way(model, backend), way(twin, backend)
+
+    def plain(call: nn.Module, module: nn.Module) -> None:
+        expected = copy.deepcopy(module)(x)
+        torch.testing.assert_close(call(x), expected)
+
+    for twin_first in (True, False):
+        torch._dynamo.reset()
+        if twin_first:
+            plain(compiled_twin, twin)
+        trains_as_the_oracle(case, compiled, model, handle)
+        for call, module in ((compiled_twin, twin), (compiled, model)):
+            plain(call, module.eval())
+            module.train()
+        plain(compiled_twin, twin)
+        trains_as_the_oracle(case, compiled, model, handle)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.strip("_"))
+@pytest.mark.parametrize("case", LINEAR)
+def test_compiled_before_attach_and_attached_again(case, way):
+    model = case.model()
+    x = model.rows(6, 0)
+    plain = model(x).detach()
+    compiled = way(model, "eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), plain)
+        handle = case.attach(model, example_inputs=x)
+        trains_as_the_oracle(case, compiled, model, handle)
+        handle.remove()
+        torch.testing.assert_close(compiled(x), plain)
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_teacher_and_its_student_are_compiled_and_attached_both(case):
+    student, teacher = case.model(), case.model()
+    handles = [case.attach(model, example_inputs=model.rows(2, 0)) for model in (student, teacher)]
+    compiled = [_by_block(model, "eager") for model in (student, teacher)]
+    for _ in range(2):
+        for model, call, handle in zip((student, teacher), compiled, handles, strict=True):
+            trains_as_the_oracle(case, call, model, handle)
+    handles[0].remove()
+    trains_as_the_oracle(case, compiled[1], teacher, handles[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*recompile_limit")
+def test_more_blocks_than_torch_makes_graphs_for_are_masked_all_the_same():
+    """Above the limit of torch it runs Python, which is right as well."""
+    case = Case(BlockMLP, (("plain", "norm") * 6,), rate=0.8, seed=3)
+    model = case.model()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    compiled = _by_block(model, "eager")
+    for _ in range(3):
+        trains_as_the_oracle(case, compiled, model, handle)
+
+
+def test_what_a_compiled_model_does_not_call_any_more_is_reported():
+    case = LINEAR[0].values[0]
+    model = case.model()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    gone, model.body = handle.branches[2].name, model.body[:2]
+    torch.compile(model, backend="eager")(model.rows(4, 0))
+    (problem,) = [text for text in handle.check().problems if "never reached" in text]
+    assert gone in problem
+    assert handle.branches[1].name not in problem
+
+
+def test_torch_has_its_setting_back_when_no_model_is_attached():
+    config = torch._dynamo.config
+    case = LINEAR[0].values[0]
+    for users in (True, False):
+        with config.patch(skip_nnmodule_hook_guards=users):
+            first, second = (case.attach(case.model()) for _ in range(2))
+            assert not config.skip_nnmodule_hook_guards
+            first.remove()
+            assert not config.skip_nnmodule_hook_guards
+            del second
+            gc.collect()
+            assert config.skip_nnmodule_hook_guards is users
 
 
 @pytest.mark.slow
