@@ -125,9 +125,11 @@ class Refusal:
 def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...]) -> str:
     """The branches as text, a line each, and what was refused below them."""
     header = ("branch", "rate", "kind", "compute", "parameters", "note")
-    notes = [", ".join(filter(None, [b.idle and f"not gated: {b.idle}", b.note])) for b in branches]
-    columns = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters))) for b in branches]
-    rows = [(*cells, note) for cells, note in zip(columns, notes, strict=True)]
+    plain = "rate 0: trained plainly in all phases"
+    reasons = [f"not gated: {b.idle}" if b.idle else plain * (b.rate == 0) for b in branches]
+    notes = ["; ".join(filter(None, (b.note, reason))) for b, reason in zip(branches, reasons, strict=True)]
+    cells = zip(branches, notes, strict=True)
+    rows = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters)), note) for b, note in cells]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     lines += [f"not gated: {refusal}" for refusal in refused]

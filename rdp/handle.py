@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rdp import choose, trees
 from rdp.branches import Branch, Refusal, branch_table
-from rdp.check import Checkup, check
+from rdp.check import Checkup, check, warn_after_first_cycle
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
 from rdp.errors import ArgumentError, AttachError, shortened, warn
@@ -45,6 +46,7 @@ class ResidualDropPath:
         self.refused: tuple[Refusal, ...] = ()
         self._proof = Proof({}, "no branch is known yet")
         self._run = Run(model, options, ranks, self._discover)
+        self._run.first.examine = functools.partial(warn_after_first_cycle, self._run)
         compiled.attached(self._run)
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
         for drop in self._silenced:
@@ -145,8 +147,9 @@ class ResidualDropPath:
                 takes. None: it is reported what the proof has shown that was made when branches were found.
 
         Returns:
-            What is attached, and problems: branches that no forward reached or that lost their hook, phases that do
-            not alternate, optimizers that are not wrapped, frozen parameters that moved all the same.
+            A verdict; what is attached, and on how many rows each branch has learnt; and problems, each with what,
+            where and what to do: branches that no forward reached or that lost their hook, phases that do not
+            alternate, steps without a training forward, optimizers that are not wrapped, frozen parameters that moved.
         """
         if inputs is not None and self.attached:
             given = self._arguments(inputs)

@@ -39,7 +39,7 @@ def problem(handle: rdp.ResidualDropPath) -> str:
     checkup = handle.check()
     assert not checkup.ok
     (only,) = checkup.problems
-    assert str(checkup) == "\n".join([*checkup.facts, f"PROBLEM: {only}"])
+    assert str(checkup) == "\n".join(["1 problem", *checkup.facts, f"PROBLEM: {only}"])
     return only
 
 
@@ -66,12 +66,15 @@ def test_sound_training_has_no_problem(mode, several):
     checkup = handle.check()
     assert checkup.ok
     assert checkup.problems == ()
-    assert str(checkup).splitlines() == [
+    lines = str(checkup).splitlines()
+    assert lines[:4] == [
+        "sound",
         "LoopMLP: 3 gated branches of 3",
         "7 training forwards, 6 steps; the phase is DROP",
         f"{len(optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
         "proved on two rows of the input",
     ]
+    assert len(lines) == 4 + len(handle.branches)
 
 
 def test_the_first_facts_name_what_is_not_gated():
@@ -84,7 +87,9 @@ def test_the_first_facts_name_what_is_not_gated():
     model.again = nn.Linear(2, 2)
     with pytest.warns(rdp.RdpWarning, match="1 residual sums are left ungated"):
         handle = rdp.attach(model, 0.5, example_inputs=model.rows(2, 0))
-    assert handle.check().facts[0] == "Net: 2 gated branches of 3, 1 sums not gated"  # the first one has rate 0
+    assert handle.check().facts[0] == (
+        "Net: 2 gated branches of 3 (the others have rate 0 and are trained plainly in all phases), 1 sums not gated"
+    )
 
 
 def test_lbfgs_and_several_micro_batches_are_sound():

@@ -139,7 +139,7 @@ def _block(graph: Graph, candidate: Candidate) -> str:
 
 def _has_gradients(graph: Graph, candidate: Candidate) -> bool:
     """Is it added where gradients are on?"""
-    added = [value if total is None else total for total, value in candidate.ends]
+    added = [value if total is None else total for total, value in candidate.ends(graph)]
     return any(graph.values[value].has_gradients for value in added)
 
 

@@ -99,9 +99,9 @@ def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 
-@torch.compiler.assume_constant_result  # called while a graph is traced, and not by the graph
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def traced(run: int, branch: int) -> int:
-    """Note that a graph gates a branch; returns a number, since a compiler wants a constant."""
+    """Note that a graph gates a branch: called while it is traced, and not by the graph, for which it is a constant."""
     _runs[run].watch.traced.add(branch)
     _runs[run].watch.reached.add(branch)
     return branch

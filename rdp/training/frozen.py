@@ -61,7 +61,11 @@ class Frozen:
         self._nested = sorted(nested, key=lambda pair: depth(pair[0]))
 
     def live(self, masks: Tensor, phase: Phase, plain: Collection[int] = ()) -> Tensor:
-        """Which branches have a row that learns, bool `Tensor[branches]`.
+        """Which branches have a row that learns, bool `Tensor[branches]`; see `learning`."""
+        return self.learning(masks, phase, plain).any(1)
+
+    def learning(self, masks: Tensor, phase: Phase, plain: Collection[int] = ()) -> Tensor:
+        """Which rows learn through which branches, bool `Tensor[branches, rows]`.
 
         Args:
             masks: Of a forward, bool `Tensor[branches, rows]`.
@@ -73,7 +77,7 @@ class Frozen:
             learning[branch] = True
         for inner, around in self._nested:
             learning[inner] &= learning[around].any(0)
-        return learning.any(1)
+        return learning
 
     def live_in_any(self, forwards: Sequence[Tensor]) -> Tensor:
         """What is live in one of several forwards, each as `live` tells; all, if there are no forwards."""

@@ -159,9 +159,9 @@ class GateHook(RunHook):
             if trains_unseen(run):
                 run.watch.stray(run.branches[self.branch].name)
             return None
+        forward.reached.add(self.branch)
         if forward.phase not in run.gated_phases:
             return None
-        run.watch.reached.add(self.branch)
         entered = on_rows is not None and on_rows.passing is not None
         if not entered and is_plain(forward, self.branch):
             return None

@@ -24,6 +24,7 @@ from rdp.errors import ForwardError
 from rdp.options import Options
 from rdp.phases import Phase, Schedule
 from rdp.training import gates
+from rdp.training.first_cycle import FirstCycle
 from rdp.training.frozen import Frozen, Probes, slots
 from rdp.training.recomputation import Calls
 from rdp.training.step import Draw, Forward, Step, next_node, sent
@@ -55,6 +56,7 @@ class Run:
         seed: Of the masks.
         step: The current step.
         masks: Of the latest training forward, bool `Tensor[branches, rows]`.
+        first: What the first cycle has shown.
         calls: The calls of the model that are running.
         frozen: The parameters of the branches.
         attached: False once the hooks have been taken out of the model.
@@ -80,6 +82,7 @@ class Run:
         self.probes = Probes()
         self.calls = Calls()
         self.watch = Watch(model)
+        self.first = FirstCycle()
         self.agreement = Agreement(ranks, self.facts)
         self.attached = True
         self.compiled: tuple[Tensor, Tensor | None] | None = None
@@ -166,6 +169,7 @@ class Run:
                     unshard()  # FSDP has sharded the model again after the forwards of discovery
             forward = self.begin_forward(rows)
             forward.running, forward.nodes = True, (next_node(), 0)
+            self.first.called((args, kwargs), forward)
             if "torch._dynamo" in sys.modules:  # then parts of the model may be compiled
                 self.compiled = sent(forward.masks, next(module.parameters()).device), None
         finally:
@@ -219,12 +223,15 @@ class Run:
         self.compiled = None
         forward = self.calls.running.pop() if self.calls.running else None
         if forward is None or not forward.running:  # which is over already where it was recomputed
+            self.watch.evaluations += not (self.pauses or module.training)
             return None
+        self.watch.reached |= forward.reached
         forward.running, forward.nodes = False, (forward.nodes[0], next_node())
         if sys.exception() is not None and id(sys.exception()) != forward.handling:
             forward.spent = True  # it has raised, and not in the midst of handling an error from before
             return None
         returned, linked = list(trees.tensors(output)), None
+        self.first.returned(self, forward, returned)
         if torch.is_grad_enabled() and (self.several or not any(x.requires_grad for x in returned)):
             # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits
             # for the gradients of branches that are out of the graph on this rank.
@@ -283,9 +290,11 @@ class Run:
 
     def advance(self, frozen: frozenset[int]) -> None:
         """End the current step, in which these parameters were frozen."""
+        step, number = self.step, self.step.number + 1
         self.watch.step_ends(frozen)
-        number = self.step.number + 1
-        self.step = Step(number, *self.schedule.at(number), self.probes, self.step.draws())
+        self.watch.counts(step, self.frozen)
+        self.step = Step(number, *self.schedule.at(number), self.probes, step.draws())
+        self.first.step_ends(self)
 
 
 def _count_rows(inputs: object) -> int:

@@ -55,6 +55,7 @@ class Forward:
         learnt: Has a backward reached it, and made gradients?
         used: Has an optimizer stepped on these?
         spent: Is it over for good: interrupted, or thrown away with its gradients?
+        reached: The branches whose gates were called in it, by Python.
         nodes: The numbers of the autograd nodes that it made, from the first up to, without, the second.
     """
 
@@ -72,6 +73,7 @@ class Forward:
         self.question: Question | None = None
         self.graph: Callable[[], Any] | None = None
         self.running = self.differentiated = self.learnt = self.used = self.spent = False
+        self.reached: set[int] = set()
         self.nodes = (0, 0)
         self.handling = id(sys.exception())  # a reference would keep all the tensors of its traceback
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}

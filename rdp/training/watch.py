@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rdp.branches import Branch
 from rdp.errors import warn
 from rdp.phases import Phase
-from rdp.training.frozen import Slot
+from rdp.training.frozen import Frozen, Slot
+
+if TYPE_CHECKING:
+    from rdp.training.step import Step
 
 
 class Watch:
@@ -22,18 +26,25 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.forwards = 0
+        self.forwards = self.evaluations = self.steps = self.empty = 0
+        """Training forwards, calls in eval mode, steps that ended, and those of them that had no training forward."""
         self.reached: set[int] = set()
         self.traced: set[int] = set()
         """The branches that are gated in compiled code, whose calls cannot be seen one by one."""
         self.known: frozenset[str] = frozenset()
         """Names of the parameters that there were when the branches were found."""
+        self.learnt: dict[Phase, tuple[Tensor, int]] = {}
+        """In each phase, on how many rows each branch has learnt, int64 `Tensor[branches]`, and of how many."""
+        self.compared = self.differing = 0
+        """FREEZE steps, and those of them that had another number of forwards than their DROP step."""
         self.moved: dict[str, int] = {}
         """Names of parameters that moved although they were frozen, with the number of the step."""
         self.woken: dict[str, Branch] = {}
         """By name, branches that train, but did not when they were found."""
         self.warned: set[str] = set()
-        self._watched: list[Slot] = []
+        self.watched: list[Slot] = []
+        """The parameters that are looked at: those of branches, and some outside of them."""
+        self._first: list[int | None] | None = None  # of the first forward of all
         self._versions: list[int | None] | None = None  # None for a parameter that is not there any more
         self._frozen: frozenset[int] = frozenset()
         self._announced = True
@@ -41,21 +52,34 @@ class Watch:
 
     def found(self, places: Mapping[str, Slot], watched: Collection[str]) -> None:
         """The branches are known; `places` are those of all parameters, and these of them are looked at."""
-        self.known = frozenset(places)
-        self._watched = [places[name] for name, _ in self.model.named_parameters() if name in watched]
+        self.known, self._first = frozenset(places), None
+        self.watched = [places[name] for name, _ in self.model.named_parameters() if name in watched]
 
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
         """A training forward begins; `in_step` says that some, but not all optimizers have stepped."""
         self.forwards += 1
-        there = [slot.holder.get(slot.key) for slot in self._watched]
-        versions = [None if p is None else p._version for p in there]
+        versions = self._present()
         if self._versions is not None and versions != self._versions:
             self._look(versions, phase, step, in_step)
+        self._first = self._first or versions
         self._versions, self._announced, self._frozen = versions, False, frozenset()
 
     def step_ends(self, frozen: frozenset[int]) -> None:
         """The step was announced, with these parameters, by id, frozen in it."""
         self._announced, self._unannounced, self._frozen = True, 0, frozen
+        self.steps += 1
+
+    def counts(self, step: Step, frozen: Frozen) -> None:
+        """The step has ended: which branches have learnt in it, and on how many rows."""
+        counted = [forward for forward in step.forwards if forward.used]
+        self.empty += all(forward.spent for forward in step.forwards)
+        for forward in counted:
+            learnt = frozen.learning(forward.masks, step.phase, forward.plain).sum(1)
+            before, rows = self.learnt.get(step.phase, (0, 0))
+            self.learnt[step.phase] = before + learnt, rows + forward.rows
+        if step.phase is Phase.FREEZE and counted:
+            self.compared += 1
+            self.differing += len(counted) != len(step.replay)
 
     def forget(self) -> None:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""
@@ -102,8 +126,17 @@ class Watch:
             "with everything in train mode that will train",
         )
 
+    def moving(self) -> set[str]:
+        """Names of the watched parameters that have changed since the first forward."""
+        pairs = zip(self.watched, self._first or (), self._present(), strict=False)
+        return {slot.name for slot, old, new in pairs if old != new}
+
+    def _present(self) -> list[int | None]:
+        there = [slot.holder.get(slot.key) for slot in self.watched]
+        return [None if p is None else p._version for p in there]
+
     def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
-        pairs = zip(self._watched, self._versions or (), versions, strict=True)
+        pairs = zip(self.watched, self._versions or (), versions, strict=True)
         changed = [slot for slot, old, new in pairs if old != new]
         if self._announced:
             self.moved |= {slot.name: step - 1 for slot in changed if id(slot.holder.get(slot.key)) in self._frozen}

@@ -20,9 +20,9 @@ def run() -> rdp.training.run.Run:
 
 def test_a_checkup_is_printed_a_line_each():
     assert Checkup(("one", "two"), ()).ok
-    assert str(Checkup(("one", "two"), ())) == "one\ntwo"
+    assert str(Checkup(("one", "two"), ())) == "sound\none\ntwo"
     assert not Checkup(("one",), ("bad", "worse")).ok
-    assert str(Checkup(("one",), ("bad", "worse"))) == "one\nPROBLEM: bad\nPROBLEM: worse"
+    assert str(Checkup(("one",), ("bad", "worse"))) == "2 problems\none\nPROBLEM: bad\nPROBLEM: worse"
 
 
 def test_what_a_graph_gates_has_been_reached():

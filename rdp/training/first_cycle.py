@@ -1,0 +1,107 @@
+"""The first cycle of training, at which is looked more closely than at those after it.
+
+What its forwards show is kept for the report of `rdp/check.py`: structure alone, no numbers, so nothing waits for a
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rdp import trees
+
+if TYPE_CHECKING:
+    from rdp.training.run import Run
+    from rdp.training.step import Forward
+
+Form = tuple[object, ...]
+
+
+class FirstCycle:
+    """What the forwards of the first whole cycle have shown.
+
+    Attributes:
+        over: Has it ended?
+        examine: Called when it has; was there something to tell?
+        around: Names of parameters that an output depended on though they were frozen, with the number of the step.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self.examine: Callable[[], bool] = bool
+        self.around: dict[str, int] = {}
+        self._steps = 0
+        self._end: int | None = None
+        self._calls: list[tuple[Form, Forward]] = []
+
+    def called(self, inputs: object, forward: Forward) -> None:
+        """A forward begins that is called with these inputs."""
+        if not self.over:
+            self._calls.append((_form(inputs), forward))
+
+    def returned(self, run: Run, forward: Forward, outputs: Iterable[Tensor]) -> None:
+        """A forward has made `outputs`: what is frozen in it should not be in their graph."""
+        # With several processes all parameters are linked to it, and compiled code to all that it was given.
+        if self.over or run.several or run.watch.traced or run.options.freeze == "params":
+            return
+        frozen = run.frozen.parameters(forward.live)
+        if frozen and (found := frozen & _leaves(outputs)):
+            names = [name for name, p in run.model.named_parameters() if id(p) in found]
+            self.around |= dict.fromkeys(names, run.step.number)
+
+    def step_ends(self, run: Run) -> None:
+        """A step has ended, with it perhaps the first whole cycle."""
+        if self.over:
+            return
+        self._steps += 1
+        number, phases = run.step.number, len(run.schedule.phases)
+        if self._end is None and self._steps >= phases and number % phases == 0:
+            self._end = number
+        if self._end is not None:
+            # What its last step moved is seen as the next forward begins, so it is asked once more after that.
+            self.over = self.examine() or number > self._end
+
+    def skipped(self) -> dict[tuple[int, int], set[int]]:
+        """The branches that some forwards called, and others with inputs of the same form did not; by how many of those
+        did not, of how many.
+
+        A path that is chosen by the form of the inputs (an argument that is given or not, a flag) is no skipping.
+        """
+        found: dict[tuple[int, int], set[int]] = {}
+        for form in dict.fromkeys(form for form, _ in self._calls):
+            alike = [forward.reached for other, forward in self._calls if other == form and forward.used]
+            for branch in set().union(*alike):
+                without = sum(branch not in reached for reached in alike)
+                if without:
+                    found.setdefault((without, len(alike)), set()).add(branch)
+        return found
+
+
+def _form(inputs: object) -> Form:
+    """What a model could choose a path by without looking at numbers."""
+    return tuple((path, _kind(leaf)) for path, leaf in trees.leaves(inputs).items())
+
+
+def _kind(leaf: Any) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.dim(), leaf.dtype
+    return leaf if isinstance(leaf, (bool, str)) else type(leaf)
+
+
+def _leaves(outputs: Iterable[Tensor]) -> set[int]:
+    """The ids of the parameters in the graph of some tensors."""
+    nodes, found = [x.grad_fn for x in outputs], set()
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.add(id(variable))
+        new = {other for other, _ in node.next_functions} - seen
+        seen |= new
+        nodes.extend(new)
+    return found
