@@ -119,7 +119,7 @@ def _nothing_gated(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
             "rates", "all branches have rate 0, so nothing is gated; see branches= and decay='constant'", True
         )
     if run.options.rate > 0 and not {Phase.DROP, Phase.FREEZE} & set(run.schedule.phases):
-        yield Problem("phases", "phases= holds neither DROP nor FREEZE, so nothing is gated", True)
+        yield Problem("phases", "phases= holds neither DROP nor FREEZE, so nothing is gated")
 
 
 def _gates(run: Run) -> Iterator[Problem]:

@@ -328,6 +328,18 @@ def test_parameters_that_no_wrapped_optimizer_holds(case):
     assert f"`{name}` is in no wrapped optimizer" in text
 
 
+def test_phases_that_gate_nothing_are_known_to_the_report_alone():
+    model = LoopMLP(3)
+    handle = rdp.attach(model, 0.5, phases=(Phase.PLAIN,))
+    optimizer = handle.wrap(sgd(model.parameters()))
+    with told() as texts:
+        for step in range(3):
+            loss(model(model.rows(4, step))).backward()
+            optimizer.step()
+    assert texts == []
+    assert handle.check().problems == ("phases= holds neither DROP nor FREEZE, so nothing is gated",)
+
+
 @pytest.mark.parametrize("case", FOUR)
 def test_a_training_in_eval_mode(case):
     model = case.model()

@@ -15,7 +15,7 @@ def test_columns_are_as_wide_as_their_widest_cell():
     assert branch_table(branches, ()) == "\n".join(
         [
             "branch               rate   kind      compute  parameters  note",
-            "layers.10.attention  0.000  identity  dense    12",
+            "layers.10.attention  0.000  identity  dense    12          rate 0: trained plainly in all phases",
             "l                    0.123  identity  rows     0           called twice",
         ]
     )

@@ -193,7 +193,10 @@ def _by_block(model: nn.Module, backend: str) -> nn.Module:
 
 
 WAYS = [_in_a_new_module, _in_place, _by_block]
-BACKENDS = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+BACKENDS = [
+    *(pytest.param(*case.values, "eager", id=f"{case.id}-eager") for case in LINEAR),
+    *(pytest.param(*LINEAR[0].values, name, id=name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")),
+]
 
 
 def trains_as_the_oracle(case: Case, compiled: nn.Module, model: nn.Module, handle: rdp.ResidualDropPath) -> None:
@@ -217,9 +220,8 @@ def trains_as_the_oracle(case: Case, compiled: nn.Module, model: nn.Module, hand
     assert not any("never reached" in problem for problem in handle.check().problems)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__.strip("_"))
-@pytest.mark.parametrize("case", LINEAR)
+@pytest.mark.parametrize(("case", "backend"), BACKENDS)
 def test_graphs_of_a_plain_twin_and_of_ungated_blocks_are_not_used_by_gated_ones(case, way, backend):
     """A plain twin (a baseline, a teacher) may be called before, after and in between, in training and evaluation."""
     model = case.model()
