@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import SGD, Optimizer
 
-from rdp.errors import ArgumentError
+from rdp.errors import ArgumentError, AttachError
+from rdp.training.keeping import Keeper, Kept
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
 
-_OWN = frozenset({"optimizer", "_run", "_hidden"})
+_OWN = frozenset({"optimizer", "_run", "_hidden", "_keeper"})
 _MOVES = frozenset({"train", "eval"})  # of schedule-free optimizers: from one average of the parameters to another
 # With this attribute of fused optimizers, GradScaler would step them regardless of infs, and the phase would advance;
 # without it, GradScaler unscales, checks, and calls `step` only when there is none.
@@ -55,6 +56,7 @@ class MaskedOptimizer(Optimizer):
         self.optimizer = optimizer
         self._run: Run = handle._run
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
+        self._keeper = Keeper(optimizer)
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN or name == _HIDDEN or (name.startswith("__") and name.endswith("__")):
@@ -91,35 +93,37 @@ class MaskedOptimizer(Optimizer):
 
         Returns:
             What the wrapped optimizer returns.
+
+        Raises:
+            AttachError: If it is called in a backward.
         """
+        if torch._C._current_graph_task_id() != -1:
+            raise AttachError(
+                f"this {type(self.optimizer).__name__} is stepped in a backward, before it is known which parameters "
+                "are frozen in this step. Wrap one optimizer over all parameters and step it after the backward"
+            )
         if closure is not None:
             return self._step_with_closure(closure, **kwargs)
         frozen = self._hide()
+        kept = self._keeper.keep([p for p, _ in self._hidden])
         try:
             if any(group.get("fused") for group in self.optimizer.param_groups):
                 _complete_momentum(self.optimizer)
             result = self.optimizer.step(**kwargs)
         finally:
+            kept.put_back(frozen)
             self._show()
-        self._run.stepped(self, frozen)
+        self._stepped(frozen, kept)
         return result
 
     def _step_with_closure(self, closure: Callable[[], Any], **kwargs: Any) -> Any:
         run, frozen = self._run, frozenset[int]()
         before = set(run.step.forwards)
-        # LBFGS moves all parameters along one direction, whether they have a gradient or not.
-        moves_all = isinstance(self.optimizer, LBFGS)
-        old = [(p, p.detach().clone()) for p in self.parameters()] if moves_all else []
-
-        @torch.no_grad()
-        def put_back() -> None:
-            for parameter, value in old:
-                if id(parameter) in frozen:
-                    parameter.copy_(value)
+        kept = self._keeper.keep(self.parameters())
 
         def evaluate() -> Any:
             nonlocal frozen
-            put_back()
+            kept.put_back(frozen)
             self._show()
             run.evaluates(before)
             loss = closure()
@@ -129,11 +133,9 @@ class MaskedOptimizer(Optimizer):
         try:
             result = self.optimizer.step(evaluate, **kwargs)
         finally:
-            put_back()
+            kept.put_back(frozen)
             self._show()
-        run.stepped(self, frozen)
-        if moves_all:
-            run.watch.forget()
+        self._stepped(frozen, kept)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -170,6 +172,19 @@ class MaskedOptimizer(Optimizer):
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
+
+    def _stepped(self, frozen: frozenset[int], kept: Kept) -> None:
+        """The wrapped optimizer has stepped, with these parameters frozen."""
+        run = self._run
+        if moved := kept.lost(p for p in self.parameters() if id(p) in frozen):
+            run.watch.warn(
+                "moves",
+                f"this {type(self.optimizer).__name__} has written to {moved} frozen parameters, which have no "
+                "gradient, as it had not done in its first steps. From the next step on they are put back",
+            )
+        run.stepped(self, frozen)
+        if kept.touched:
+            run.watch.forget()  # what was moved and put back was not moved by somebody else
 
     def _moving(self, move: Callable[[], Any]) -> Any:
         result = move()
