@@ -23,8 +23,10 @@ from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.proof import BUDGET, Proof, prove
+from rdp.refusals import check_training
 from rdp.training import compiled, hooks
 from rdp.training.optimizer import MaskedOptimizer
+from rdp.training.replaced import Places
 from rdp.training.run import Run
 from rdp.training.state import check_branches, load, save
 
@@ -41,6 +43,7 @@ class ResidualDropPath:
     """
 
     def __init__(self, model: nn.Module, options: Options, ranks: Ranks) -> None:
+        check_training(model)
         self.model = model
         self.options = options
         self.refused: tuple[Refusal, ...] = ()
@@ -52,6 +55,7 @@ class ResidualDropPath:
         for drop in self._silenced:
             drop.silence()
         self._hooks: list[RemovableHandle] = list(hooks.install_on_model(self._run))
+        self._places: Places | None = None
         compiled.forget_compiled()
 
     @property
@@ -100,6 +104,7 @@ class ResidualDropPath:
             AttachError: If the handle was removed.
         """
         self._check_attached()
+        check_training(self.model)
         wrapped = MaskedOptimizer(optimizer, self)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in self.model.parameters()):
@@ -155,12 +160,16 @@ class ResidualDropPath:
             given = self._arguments(inputs)
             self._discover(*given)
             self._proof = prove(self._run, given)
+        if self.attached:
+            self._run.look()
         return check(self._run, self.refused, self._proof)
 
     def remove(self) -> None:
         """Take everything out of the model again; it is exactly as before `attach`. May be called twice."""
         for hook in self._hooks:
             hook.remove()
+        if self._places is not None:
+            self._places.remove()
         for drop in self._silenced:
             drop.restore()
         if self._hooks:
@@ -234,49 +243,42 @@ class ResidualDropPath:
         if self.branches:
             return
         choose.check_unattached(self.model, besides=self._run)
+        check_training(self.model)
         check_sharding(self.model, self._run.agreement.ranks)
         run, expected, silenced = self._run, self._run.expected, len(self._silenced)
         dense: dict[str, str] = {}
         unsound: dict[str, str] = {}
-        installed: list[RemovableHandle] = []
+        places: Places | None = None
         try:
             while True:
                 with torch.inference_mode(False), self.paused():
                     choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound)
                 self._silenced += choice.silenced
-                self._install(choice, installed)
+                places = Places(run, choice.branches, choice.programs)
+                run.found(choice.branches)
                 self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
                 wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}
                 if not wrong:
                     break
                 for name, why in wrong.items():
                     (dense if name in choice.programs else unsound)[name] = why
-                self._uninstall(installed)
+                places.remove()
             run.expected = expected
             check_branches(run, choice.branches)
-        except BaseException:  # all or nothing: with some of the hooks, the other branches would train plainly
-            self._uninstall(installed)
+        except BaseException:
+            if places is not None:
+                places.remove()
+            run.found(())
             for drop in self._silenced[silenced:]:
                 drop.restore()
             del self._silenced[silenced:]
             run.expected = expected
             raise
         run.expected, self.refused = None, choice.refused
-        self._hooks += installed
+        self._places, run.look = places, places.look
         for text in choice.warnings:
             warn(text)
         compiled.forget_compiled()
-
-    def _install(self, choice: choose.Choice, installed: list[RemovableHandle]) -> None:
-        for index, branch in enumerate(choice.branches):
-            installed += hooks.install(self._run, index, branch, choice.programs.get(branch.name))
-        self._run.found(choice.branches)
-
-    def _uninstall(self, installed: list[RemovableHandle]) -> None:
-        for hook in installed:
-            hook.remove()
-        installed.clear()
-        self._run.found(())
 
     def _check_attached(self) -> None:
         if not self.attached:

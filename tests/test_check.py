@@ -132,13 +132,15 @@ def test_before_the_first_forward_and_after_removal():
 def test_hooks_that_are_lost():
     model, handle, _ = attached()
     other_model, other, _ = attached()
-    model.layers[0] = nn.Linear(4, 4)
+    model.layers[0] = nn.Linear(4, 4)  # which is gated instead
     model.layers[2] = other_model.layers[2]  # which has the hooks of another handle
-    assert handle.check().problems[0] == (
-        "`layers.0`, `layers.2` lost the hook, or was replaced by another module, and trains plainly; attach again"
-    )
+    with pytest.warns(rdp.RdpWarning, match="`layers.2` ended a branch and is not in the model any more, or has the"):
+        assert handle.check().problems[0] == (
+            "`layers.2` lost the hook, or was replaced by another module, and trains plainly; attach again"
+        )
     del model.layers[1]
-    assert handle.check().problems[0].startswith("`layers.0`, `layers.1`, `layers.2` lost the hook")
+    with pytest.warns(rdp.RdpWarning, match="`layers.1`, `layers.2` ended a branch"):
+        assert handle.check().problems[0].startswith("`layers.1`, `layers.2` lost the hook")
     assert other.check().ok
 
 

@@ -25,7 +25,7 @@ from rdp.options import Options
 from rdp.phases import Phase, Schedule
 from rdp.training import gates
 from rdp.training.first_cycle import FirstCycle
-from rdp.training.frozen import Frozen, Probes, slots
+from rdp.training.frozen import Frozen, Probes, Slot, slots
 from rdp.training.recomputation import Calls
 from rdp.training.step import Draw, Forward, Step, next_node, sent
 from rdp.training.watch import Watch
@@ -49,6 +49,7 @@ class Run:
         discover: Called with the arguments of the first training forward, if branches are not known by then.
 
     Attributes:
+        look: Called as a training forward begins, to see whether the branches are where they were.
         branches: In forward order; empty until they have been found.
         blocks: The modules that add them.
         expected: Names and rates of the branches that a state has which was loaded before they were known.
@@ -71,6 +72,7 @@ class Run:
         self.model = model
         self.options = options
         self.discover = discover
+        self.look: Callable[[], object] = bool
         self.schedule = Schedule(options.phases)
         self.gated_phases = (Phase.DROP, Phase.FREEZE) if options.freeze == "output" else (Phase.DROP,)
         self.branches: tuple[Branch, ...] = ()
@@ -108,15 +110,23 @@ class Run:
 
     def found(self, branches: tuple[Branch, ...]) -> None:
         """The branches are known."""
-        places = slots(self.model)
-        self.frozen = Frozen(branches, places)
-        self.branches, self.expected = branches, None
         self.blocks = [self.model.get_submodule(branch.block) for branch in branches]
+        self.followed(branches, slots(self.model))
+        self.expected = None
         gated = [index for index, branch in enumerate(branches) if branch.rate > 0]
         self.ends = (*gated[:1], *gated[-1:])
+        self.go_to(self.step.number, self.step.replay, self.step.learnt())
+
+    def followed(self, branches: tuple[Branch, ...], places: Mapping[str, Slot]) -> None:
+        """The parameters of the branches are known, or known to be in other places than before."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        there = set(modules.values())
+        pairs = zip(self.blocks, branches, strict=True)
+        self.blocks = [old if old in there else modules.get(branch.block, old) for old, branch in pairs]
+        self.frozen, self.branches = Frozen(branches, places), branches
         self.probes.choose(self.model, branches, self.held)
         self.watch.found(places, {*self.probes.names, *(name for branch in branches for name in branch.parameters)})
-        self.go_to(self.step.number, self.step.replay, self.step.learnt())
+        self.watch.forget()
 
     def wrapped(self, optimizer: Stepper) -> None:
         """An optimizer has been wrapped; it takes the place of another over some of the same parameters."""
@@ -177,6 +187,7 @@ class Run:
 
     def begin_forward(self, rows: int) -> Forward:
         """Begin a training forward of `rows` rows: draw its masks."""
+        self.look()
         step = self.step
         self.watch.forward_begins(step.phase, step.number, bool(step.stepped))
         forward = self._new_forward(step.place(), rows)
