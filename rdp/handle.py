@@ -265,6 +265,7 @@ class ResidualDropPath:
                 places.remove()
             run.expected = expected
             check_branches(run, choice.branches)
+            places.begin()
         except BaseException:
             if places is not None:
                 places.remove()

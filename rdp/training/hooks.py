@@ -179,7 +179,8 @@ class GateHook(RunHook):
         else:
             source = next(trees.tensors(given)) if self.point.of_block else None
             keep: Tensor | bool = forward.kept[self.branch] > 0
-            if forward.kept[self.branch] not in (0, forward.rows) or not may_leave_no_graph(run):
+            alike = forward.kept[self.branch] in (0, forward.rows)
+            if not alike or self.branch in run.in_graph or not may_leave_no_graph(run):
                 keep = gates.broadcast_rows(forward.keep(self.branch, x.device), x, self.point)
             gated = gates.gate(forward.phase, keep, x, source, self.keep_prob)
         if forward.graph is None and gated.requires_grad:

@@ -8,9 +8,8 @@ it is looked again where gates and frozen parameters are. What cannot be followe
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,8 +20,9 @@ from rdp.copies import Hook
 from rdp.errors import listed
 from rdp.refusals import check_training
 from rdp.rows.program import Program
-from rdp.training import compiled, hooks
+from rdp.training import compiled, hooks, user_hooks
 from rdp.training.frozen import Slot, slots
+from rdp.training.moved import Objects, follow_parameters
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
@@ -35,6 +35,9 @@ class Places:
         run: That of the model.
         branches: In forward order.
         programs: By name, the branches that run on some of the rows.
+
+    Raises:
+        AttachError: If hooks of the user's cannot be served.
     """
 
     def __init__(self, run: Run, branches: Sequence[Branch], programs: Mapping[str, Program]) -> None:
@@ -44,6 +47,7 @@ class Places:
         self._ends: list[list[nn.Module]] = [[] for _ in branches]
         """The modules at which it is gated or cut."""
         module = run.model.get_submodule
+        user_hooks.check_ends({gate.module: module(gate.module) for b in branches if b.rate > 0 for gate in b.gates})
         called = {o.target for p in programs.values() for o in p.operations if isinstance(o.target, str)}
         self._called = {name: [*module(name).modules()] for name in called}
         self._slots: dict[str, Slot] = {}
@@ -65,10 +69,19 @@ class Places:
         """A training forward begins: see whether all is where it was, and follow what is not.
 
         Raises:
-            AttachError: If the model has become one that cannot be trained so.
+            AttachError: If the model has become one that cannot be trained so, see `refusals` and `user_hooks`.
         """
         children = [child for table in self._tables for child in table.values()]
-        if children != self._children or not all(key in holder for holder, key in self._held):
+        if (
+            children != self._children
+            or not all(key in holder for holder, key in self._held)
+            or sum(map(len, self._hooked)) != self._hooks_there
+        ):
+            self._follow()
+
+    def begin(self) -> None:
+        """The run knows the branches: heed the hooks that the user has put into the model before."""
+        if user_hooks.first_hooked(dict(self._run.model.named_modules())) is not None:
             self._follow()
 
     def _install(self, index: int, branch: Branch) -> None:
@@ -86,6 +99,8 @@ class Places:
         self._slots = {name: self._slots[name] for name in inside if name not in now} | now
         self._objects = Objects({name: slot.holder.get(slot.key) for name, slot in self._slots.items()})
         self._held = [(self._slots[name].holder, self._slots[name].key) for name in inside]
+        self._hooked = user_hooks.tables(self._modules)
+        self._hooks_there = sum(map(len, self._hooked))
 
     def _follow(self) -> None:
         run = self._run
@@ -93,7 +108,8 @@ class Places:
         modules = dict(run.model.named_modules(remove_duplicate=False))
         now = slots(run.model)
         moved = follow_parameters(self._slots, self._objects, now, run.branches)
-        branches, lost, again = list(run.branches), [], []
+        branches, lost = list(run.branches), []
+        again: dict[int, str] = {}
         for index, branch in enumerate(run.branches):
             parameters = moved.of_branches[index]
             if not any(moved.names[name] for name in branch.parameters):
@@ -108,34 +124,43 @@ class Places:
                 continue
             gates = tuple(replace(gate, module=name) for gate, name in zip(branch.gates, names, strict=False))
             cuts = tuple(replace(cut, module=name) for cut, name in zip(branch.cuts, names[len(gates) :], strict=True))
+            user_hooks.check_ends({gate.module: modules[gate.module] for gate in gates})
             branches[index] = branch = replace(branch, gates=gates, cuts=cuts)
-            program = self._programs.get(branch.name)
-            if [modules[name] for name in names] != self._ends[index] or not self._intact(program):
-                again.append(index)
+            calls = [o.target for o in program.operations] if (program := self._programs.get(branch.name)) else []
+            called = [target for target in calls if isinstance(target, str)]
+            if [modules[name] for name in names] != self._ends[index] or not self._intact(called):
+                again[index] = "its modules were replaced after attach"
+            elif hooked := user_hooks.first_hooked(self._inside(called)):
+                again[index] = f"a hook on `{hooked}` would see some of the rows"
         self._tell(lost, moved.unplaced)
         if again and run.watch.traced:
             run.watch.warn(
                 "replaced in compiled",
-                f"modules of {_named([branches[index].name for index in again])} were replaced after the model was "
+                f"{_named([branches[index].name for index in again])}: {next(iter(again.values()))}, and after it was "
                 "compiled, so these branches train plainly; remove the handle, attach again, and compile",
             )
         elif again:
-            for index in again:
-                branches[index] = self._moved(index, branches[index])
+            for index, why in again.items():
+                branches[index] = self._hook_anew(index, branches[index], why)
             compiled.forget_compiled()
+        run.in_graph = {
+            index
+            for index, branch in enumerate(branches)
+            for name in branch.parameters
+            if (holder := modules.get(name.rpartition(".")[0])) is not None and user_hooks.expects_backward(holder)
+        }
         run.held = {new: p for old, p in run.held.items() if (new := moved.names.get(old)) is not None}
         self._remember(branches)
         run.followed(tuple(branches), self._slots)
         run.watch.known -= {*moved.unplaced}
 
-    def _moved(self, index: int, branch: Branch) -> Branch:
-        """Hook a branch anew, at other modules; its program is of the former ones."""
+    def _hook_anew(self, index: int, branch: Branch, why: str) -> Branch:
+        """Hook a branch where it ends now, to run dense from now on."""
         for hook in self._hooks[index]:
             hook.remove()
         self._hooks[index] = []
         if self._programs.pop(branch.name, None) is not None:
-            note = "dense: its modules were replaced after attach"
-            branch = replace(branch, compute="dense", note=", ".join(filter(None, (branch.note, note))))
+            branch = replace(branch, compute="dense", note=", ".join(filter(None, (branch.note, f"dense: {why}"))))
         self._install(index, branch)
         points = (*branch.gates, *branch.cuts)
         self._ends[index] = [self._run.model.get_submodule(point.module) for point in points]
@@ -158,18 +183,25 @@ class Places:
             present.append(there)
         return present
 
-    def _intact(self, program: Program | None) -> bool:
-        """Does the model still call the modules of a program, and nothing besides that has parameters?"""
-        for operation in program.operations if program is not None else ():
-            if isinstance(operation.target, str):
-                try:
-                    new = self._run.model.get_submodule(operation.target)
-                except AttributeError:
-                    return False
-                there = {id(module) for module in new.modules()}
-                if not all(id(old) in there for old in self._called[operation.target]) or self._adds(new):
-                    return False
+    def _intact(self, called: Sequence[str]) -> bool:
+        """Does the model still call these modules of a program, and nothing besides that has parameters?"""
+        for name in called:
+            try:
+                new = self._run.model.get_submodule(name)
+            except AttributeError:
+                return False
+            there = {id(module) for module in new.modules()}
+            if not all(id(old) in there for old in self._called[name]) or self._adds(new):
+                return False
         return True
+
+    def _inside(self, called: Sequence[str]) -> dict[str, nn.Module]:
+        """These modules and all in them, by name."""
+        return {
+            inner: module
+            for name in called
+            for inner, module in self._run.model.get_submodule(name).named_modules(prefix=name)
+        }
 
     def _adds(self, module: nn.Module | None) -> bool:
         """Are there, in new modules, new parameters?"""
@@ -190,89 +222,6 @@ class Places:
                 f"{_named(unplaced)} was added after the branches were found, and it cannot be told to which of them "
                 "it belongs, so it is not frozen; remove the handle and attach again, after the model is complete",
             )
-
-
-class Objects:
-    """Names of parameter objects, which are not kept alive; a copy is empty."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
-        self._references = {name: weakref.ref(p) for name, p in parameters.items() if p is not None}
-
-    def __reduce__(self) -> tuple[type[Objects], tuple[dict[str, Any]]]:
-        return Objects, ({},)
-
-    def id(self, name: str) -> int:
-        """Of the parameter that had this name, if it is still somewhere; else 0."""
-        parameter = self._references[name]() if name in self._references else None
-        return 0 if parameter is None else id(parameter)
-
-    def name(self, parameter: object) -> str | None:
-        """The name that a parameter had."""
-        return next((name for name, reference in self._references.items() if reference() is parameter), None)
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What has become of the parameters of a model.
-
-    Attributes:
-        names: Where each is now, by the name that it had; None if it is not there any more.
-        of_branches: The names of the parameters of each branch.
-        unplaced: Names of new ones, of which it is unclear whether they belong to a branch.
-    """
-
-    names: Mapping[str, str | None]
-    of_branches: Sequence[tuple[str, ...]]
-    unplaced: tuple[str, ...]
-
-
-def follow_parameters(
-    before: Mapping[str, Slot], objects: Objects, now: Mapping[str, Slot], branches: Sequence[Branch]
-) -> Moved:
-    """Find the parameters of branches again.
-
-    One is where it was in its module, or where the same object is, or under the same name. A new one belongs to the
-    branches that all former parameters of the module around it belonged to.
-
-    Args:
-        before: Places, by name.
-        objects: What was there.
-        now: Places, by name.
-        branches: With the names of before.
-    """
-    at = {(id(slot.holder), slot.key): name for name, slot in reversed([*now.items()])}
-    of = {id(slot.holder.get(slot.key)): name for name, slot in reversed([*now.items()])}
-    names = {old: at.get((id(slot.holder), slot.key), of.get(objects.id(old))) for old, slot in before.items()}
-    taken = set(names.values())
-    names |= {old: old for old, new in names.items() if new is None and old in now and old not in taken}
-    owners = {name: frozenset(i for i, b in enumerate(branches) if name in b.parameters) for name in before}
-    of_branches = [[new for old in b.parameters if (new := names[old]) is not None] for b in branches]
-    unplaced = []
-    known = {id(slot.holder.get(slot.key)) for name, slot in now.items() if name in set(names.values())}
-    for name, slot in now.items():
-        if id(slot.holder.get(slot.key)) in known:
-            continue
-        owning = _owners_around(name, names, owners)
-        if len(owning) != 1:
-            unplaced.append(name)
-        for index in next(iter(owning)) if len(owning) == 1 else ():
-            of_branches[index].append(name)
-    return Moved(names, [tuple(dict.fromkeys(group)) for group in of_branches], tuple(unplaced))
-
-
-def _owners_around(
-    name: str, names: Mapping[str, str | None], owners: Mapping[str, frozenset[int]]
-) -> set[frozenset[int]]:
-    """The branches of the former parameters of the smallest module around a new one that had any."""
-    around = name
-    while around:
-        around = around.rpartition(".")[0]
-        prefix = f"{around}." if around else ""
-        # One that is gone was in the module that had its name.
-        found = {owners[old] for old, new in names.items() if (new or old).startswith(prefix)}
-        if found:
-            return found
-    return set()
 
 
 def _of_another(module: nn.Module, run: Run) -> bool:

@@ -66,6 +66,7 @@ class Run:
         optimizers: The wrapped ones, each of which has to step before the step is over.
         held: The parameters of the wrapped optimizers, by name.
         several: Do several processes train the model together?
+        in_graph: Branches that may not be left out of the graph, since hooks of the user's expect their backward.
     """
 
     def __init__(self, model: nn.Module, options: Options, ranks: Ranks, discover: Callable[..., None]) -> None:
@@ -92,6 +93,7 @@ class Run:
         self.optimizers: list[Stepper] = []
         self.held: dict[str, Tensor] = {}
         self.several = False
+        self.in_graph: set[int] = set()
         self.go_to(0, {})
 
     def go_to(self, number: int, replay: Mapping[int, Draw], forwards: Sequence[tuple[int, int]] = ()) -> None:

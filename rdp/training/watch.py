@@ -16,6 +16,9 @@ from rdp.training.frozen import Frozen, Slot
 if TYPE_CHECKING:
     from rdp.training.step import Step
 
+Seen = list[tuple[int, int] | None]
+"""Of some parameters: which object it is, and how often it was written to; None for one that is not there any more."""
+
 
 class Watch:
     """Counts what happens to the model between one forward and the next; it changes nothing.
@@ -44,8 +47,8 @@ class Watch:
         self.warned: set[str] = set()
         self.watched: list[Slot] = []
         """The parameters that are looked at: those of branches, and some outside of them."""
-        self._first: list[int | None] | None = None  # of the first forward of all
-        self._versions: list[int | None] | None = None  # None for a parameter that is not there any more
+        self._first: Seen | None = None  # in the first forward of all
+        self._seen: Seen | None = None
         self._frozen: frozenset[int] = frozenset()
         self._announced = True
         self._unannounced = 0
@@ -58,11 +61,15 @@ class Watch:
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
         """A training forward begins; `in_step` says that some, but not all optimizers have stepped."""
         self.forwards += 1
-        versions = self._present()
-        if self._versions is not None and versions != self._versions:
-            self._look(versions, phase, step, in_step)
-        self._first = self._first or versions
-        self._versions, self._announced, self._frozen = versions, False, frozenset()
+        there = [slot.holder.get(slot.key) for slot in self.watched]
+        seen = _seen(there)
+        if self._seen is not None and seen != self._seen:
+            pairs = zip(there, self._seen, seen, strict=True)
+            if not all(isinstance(p, nn.Parameter) for p, old, new in pairs if old and new and old[0] != new[0]):
+                return  # torch.func.functional_call runs the model on other tensors, which tells nothing of these
+            self._look(seen, phase, step, in_step)
+        self._first = self._first or seen
+        self._seen, self._announced, self._frozen = seen, False, frozenset()
 
     def step_ends(self, frozen: frozenset[int]) -> None:
         """The step was announced, with these parameters, by id, frozen in it."""
@@ -83,7 +90,7 @@ class Watch:
 
     def forget(self) -> None:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""
-        self._versions = None
+        self._seen = None
 
     def warn(self, key: str, text: str) -> None:
         """Warn of each thing once."""
@@ -128,19 +135,17 @@ class Watch:
 
     def moving(self) -> set[str]:
         """Names of the watched parameters that have changed since the first forward."""
-        pairs = zip(self.watched, self._first or (), self._present(), strict=False)
+        now = _seen([slot.holder.get(slot.key) for slot in self.watched])
+        pairs = zip(self.watched, self._first or (), now, strict=False)
         return {slot.name for slot, old, new in pairs if old != new}
 
-    def _present(self) -> list[int | None]:
-        there = [slot.holder.get(slot.key) for slot in self.watched]
-        return [None if p is None else p._version for p in there]
-
-    def _look(self, versions: Sequence[int | None], phase: Phase, step: int, in_step: bool) -> None:
-        pairs = zip(self.watched, self._versions or (), versions, strict=True)
-        changed = [slot for slot, old, new in pairs if old != new]
+    def _look(self, seen: Seen, phase: Phase, step: int, in_step: bool) -> None:
+        pairs = zip(self.watched, self._seen or (), seen, strict=True)
+        # One that is another object was replaced, by FSDP or by a user, who builds an optimizer of it.
+        changed = [slot for slot, old, new in pairs if old != new and not (old and new and old[0] != new[0])]
         if self._announced:
             self.moved |= {slot.name: step - 1 for slot in changed if id(slot.holder.get(slot.key)) in self._frozen}
-        elif not in_step:
+        elif changed and not in_step:
             self._unannounced += 1
             # Once may be the climb of SAM, which moves parameters up before the step that is announced.
             if self._unannounced < 2:
@@ -151,3 +156,7 @@ class Watch:
                 "no step was announced, so DROP and FREEZE do not alternate. Step the optimizer that handle.wrap(...) "
                 "returned, or call handle.advance() after each step",
             )
+
+
+def _seen(there: Sequence[Tensor | None]) -> Seen:
+    return [None if p is None else (id(p), p._version) for p in there]

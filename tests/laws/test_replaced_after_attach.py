@@ -154,7 +154,7 @@ def test_to_attach_and_replace_is_to_replace_and_attach(case, what, mode):
     assert any(frozen for _, _, frozen in ours[:-1]) or mode == "row"
     assert handle.check().ok, str(handle.check())
     assert [set(b.parameters) for b in handle.branches] == [set(b.parameters) for b in other.branches]
-    before = {name: child for name, child in model.named_modules()}
+    before = dict(model.named_modules())
     handle.remove()
     assert not any(module._forward_hooks for module in before.values() if not hasattr(module, "weight_orig"))
 
