@@ -13,7 +13,7 @@ from laws.architectures import BlockMLP
 from laws.strategies import Case
 from laws.test_checkpointing import CheckpointedMLP
 from laws.test_mixed_precision import record_dtypes
-from laws.training import loss
+from laws.training import after_forward, loss
 from torch import Tensor, nn
 
 import rdp
@@ -39,10 +39,10 @@ def broken(model: nn.Module, error: type[BaseException], where: str) -> Iterator
     def stop(*_: object) -> None:
         raise error
 
-    hook = model.get_submodule(where).register_forward_hook(stop)
+    mend = after_forward(model.get_submodule(where), stop)
     with pytest.raises(error):
         yield
-    hook.remove()
+    mend()
 
 
 def interrupted(model: nn.Module, error: type[BaseException], where: str, rows: int = 4) -> None:

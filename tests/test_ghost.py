@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from laws.training import after_forward
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -98,7 +99,7 @@ def test_dropped_branches_are_skipped_in_batch_mode_and_their_statistics_do_not_
     for seed in range(16):
         torch.manual_seed(0)
         model, rows = net(1), []
-        model[0].conv.register_forward_hook(lambda module, args, output, rows=rows: rows.append(len(output)))
+        after_forward(model[0].conv, lambda _, output, rows=rows: rows.append(len(output)))
         handle = rdp.attach(
             model, 0.5, mode="batch", decay="constant", compute="ghost", example_inputs=x.clone(), seed=seed
         )

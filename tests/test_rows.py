@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws.training import after_forward
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -148,7 +149,7 @@ def entries_seen(model: Chain) -> list[int]:
     """How many numbers `out` of each block will be called with."""
     seen: list[int] = []
     for block in model.blocks:
-        block.out.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+        after_forward(block.out, lambda args, _: seen.append(args[0].numel()))
     return seen
 
 
@@ -234,10 +235,10 @@ def test_a_forward_that_failed_in_a_branch_leaves_nothing_behind():
         def fail(*args: object) -> None:
             raise RuntimeError("out of memory")
 
-        hook = model.blocks[1].mix.register_forward_hook(fail)
+        mend = after_forward(model.blocks[1].mix, fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(*batch(6))
-        hook.remove()
+        mend()
 
     assert check(model, batch(2), batch(6), change=fails)
 

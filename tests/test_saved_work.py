@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws.architectures import LoopMLP
+from laws.training import after_forward
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +54,7 @@ def test_a_branch_dropped_for_the_whole_batch_runs_on_a_single_row(compute):
     torch.manual_seed(0)
     model, seen = LoopMLP(6).double(), []
     for layer in model.layers:
-        layer[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        after_forward(layer[0], lambda args, _: seen.append(len(args[0])))
     handle = rdp.attach(
         model, 0.5, mode="batch", decay="constant", compute=compute, example_inputs=model.rows(2, 0), seed=1
     )

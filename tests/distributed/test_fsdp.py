@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from laws.training import Spy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import rdp
 from distributed import ranks
@@ -73,3 +74,43 @@ def test_attached_before_and_after_sharding(attach, found, mode):
 def test_transformer(reshard, checkpointed, mode):
     run = Run(model="transformer", rows=ROWS["uneven"], mode=mode, rate=0.8, checkpointed=checkpointed, clip=0.1)
     assert_trains(run, reshard)
+
+
+def train_by_fsdp1(run: Run, original: bool) -> dict[str, Any]:
+    """Train under FullyShardedDataParallel; returns how many frozen parameters moved, or what was refused."""
+    model = run.build()
+    handle = rdp.attach(model, 0.5, decay="constant", mode="batch", example_inputs=model.rows(2, 0))
+    if run.attach == "after":
+        handle.remove()
+    sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    try:
+        if run.attach == "after":
+            handle = rdp.attach(sharded, 0.5, decay="constant", mode="batch")
+        optimizer = handle.wrap(OPTIMIZERS["sgd"](sharded.parameters()))
+    except rdp.AttachError as error:
+        return {"refused": str(error)}
+    frozen = moved = 0
+    for step in range(8):
+        optimizer.zero_grad()
+        sharded(model.rows(2, step)).square().sum().backward()
+        names = set(handle.frozen)
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            before = {name: p.detach().clone() for name, p in handle.model.named_parameters()}
+        optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            after = dict(handle.model.named_parameters())
+            moved += sum(not torch.equal(after[name], before[name]) for name in names)
+        frozen += len(names)
+    return {"frozen": frozen, "moved": moved, "ok": handle.check().ok}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attach", ["before", "after"])
+@pytest.mark.parametrize("model", ["transformer", "mlp", "resnet"])
+def test_fsdp1_needs_the_original_parameters(model, attach):
+    run = Run(model=model, rows=ROWS["even"], attach=attach)
+    (refused,) = ranks.run(train_by_fsdp1, 1, run, False)
+    assert "Pass use_orig_params=True, or use fully_shard" in refused["refused"]
+    (trained,) = ranks.run(train_by_fsdp1, 1, run, True)
+    assert trained["frozen"] > 0
+    assert (trained["moved"], trained["ok"]) == (0, True)

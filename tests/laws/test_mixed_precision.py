@@ -25,6 +25,7 @@ def record_dtypes(model: nn.Module) -> dict[str, set[torch.dtype]]:
             first = output[0] if isinstance(output, tuple) else output
             dtypes.setdefault(name, set()).add(first.dtype)
 
+        record.__module__ = "torch"  # for the sake of a hook of the user's a branch would run dense
         module.register_forward_hook(record)
     return dtypes
 
