@@ -42,11 +42,11 @@ class Keeper:
         examined = self._steps < _EXAMINED
         self._steps += bool(parameters)
         if not (examined or self.moves_all):
-            return Kept(self, {id(p): _versions(p) for p in parameters}, [], certain=False)
+            return Kept(self, {id(p): p._version for p in parameters}, [], certain=False)
         # LBFGS keeps the state of all parameters at the first, so it is not the state of any.
         state = {} if isinstance(self._optimizer, LBFGS) else self._optimizer.state
         copies = [Copy(p, state) for p in parameters]
-        return Kept(self, {id(p): _versions(p) for p in parameters}, copies, certain=self.moves_all)
+        return Kept(self, {id(p): p._version for p in parameters}, copies, certain=self.moves_all)
 
 
 class Kept:
@@ -62,7 +62,7 @@ class Kept:
         touched: Were frozen ones written to?
     """
 
-    def __init__(self, keeper: Keeper, versions: dict[int, list[int]], copies: list[Copy], certain: bool) -> None:
+    def __init__(self, keeper: Keeper, versions: dict[int, int], copies: list[Copy], certain: bool) -> None:
         self.touched = False
         self._keeper = keeper
         self._versions = versions
@@ -74,7 +74,7 @@ class Kept:
         """Let the parameters with these ids, and their state, be as they were."""
         for copy in self._copies:
             if id(copy.parameter) in frozen and (
-                self._certain or _versions(copy.parameter) != self._versions[id(copy.parameter)] or copy.differs()
+                self._certain or copy.parameter._version != self._versions[id(copy.parameter)] or copy.differs()
             ):
                 copy.put_back()
                 self.touched = self._keeper.moves_all = True
@@ -83,7 +83,7 @@ class Kept:
         """How many of these, of which there are no copies, were written to; in the next step they are kept."""
         if self._copies:
             return 0
-        moved = sum(_versions(p) != self._versions.get(id(p)) for p in parameters)
+        moved = sum(p._version != self._versions.get(id(p), p._version) for p in parameters)
         self._keeper.moves_all |= moved > 0
         return moved
 
@@ -123,11 +123,6 @@ class Copy:
             state = self._states[self.parameter]
             state.clear()
             state.update(_containers_copied(self._containers))
-
-
-def _versions(parameter: Tensor) -> list[int]:
-    """How often it was written to; of a DTensor, what it consists of as well."""
-    return [parameter._version, *(x._version for x in _plain_tensors([parameter]) if x is not parameter)]
 
 
 def _plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -93,7 +93,7 @@ def train_by_fsdp1(run: Run, original: bool) -> dict[str, Any]:
     for step in range(8):
         optimizer.zero_grad()
         sharded(model.rows(2, step)).square().sum().backward()
-        names = set(handle.frozen)
+        names = {name.replace("_fsdp_wrapped_module.", "") for name in handle.frozen}
         with FullyShardedDataParallel.summon_full_params(sharded):
             before = {name: p.detach().clone() for name, p in handle.model.named_parameters()}
         optimizer.step()
