@@ -79,11 +79,15 @@ def _factors(graph: Graph, residuals: Sequence[Residual], ends: set[int], path: 
         index = todo.pop()
         if index not in seen:
             seen.add(index)
-            for source in dict.fromkeys(graph.values[index].inputs):
+            for source in _made_of(graph.values[index]):
                 if source in path:
                     todo.append(source)
                 elif graph.values[source].is_data:  # parameters after the gates are refused anyhow
                     yield index, source
+
+
+def _made_of(node: Value) -> tuple[int, ...]:
+    return node.inputs[:1] if node.op in ops.LIKE else tuple(dict.fromkeys(node.inputs))
 
 
 class _Finder:
@@ -102,7 +106,7 @@ class _Finder:
         if place is not None:
             self._add(place)
             return
-        sources = dict.fromkeys(node.inputs)
+        sources = _made_of(node)
         if not sources:
             raise NoCut(f"it is multiplied by {self._called(node)}, which would learn from frozen rows")
         for source in sources:
@@ -145,13 +149,17 @@ class _Finder:
         for call, of_input, begin, end in returned + taken:
             goes_on = index in (call.outputs if of_input else self.graph.outputs)
             if count[call.name] in (1, len(self.shortcuts)) and begin <= user < end and not goes_on:
-                seen_by = [u for u in dict.fromkeys(node.users) if begin <= u < end]
+                seen_by = [
+                    u for u in dict.fromkeys(node.users) if begin <= u < end and index in _made_of(self.values[u])
+                ]
                 if not any(self._escapes(node, u, wanted) for u in seen_by):
                     return Cut(call, index, of_input, wanted)
         return None
 
     def _escapes(self, node: Value, user: int, wanted: Tensor) -> bool:
         """Do the `wanted` elements of a value reach the model's output through `user`, but not through the branch?"""
+        if node.index not in _made_of(self.values[user]):
+            return False
         if self.shortcuts.get(user, node.index) != node.index:
             return False  # a sum takes it in as a branch, or a factor of it
         if not self.graph.reaches_output([user], around=self.ends):
@@ -176,7 +184,7 @@ class _Finder:
             if (inputs and value.op == "input") or value.parameter in self.graph.trainable:
                 return True
             seen.add(value.index)
-            todo.extend(value.inputs)
+            todo.extend(_made_of(value))
         return False
 
     def _origin(self, node: Value, source: int) -> Tensor | None:
@@ -189,8 +197,10 @@ class _Finder:
                 return numbers.expand(node.shape)
             if node.recipe is None or node.op not in ops.MOVES:
                 return None
+            forms = {i: torch.empty(self.values[i].shape) for i in node.inputs[1:] if node.op in ops.LIKE}
             args, kwargs = trees.map_leaves(
-                lambda leaf: numbers if isinstance(leaf, Ref) and leaf.value == source else leaf, node.recipe.arguments
+                lambda leaf: (forms | {source: numbers})[leaf.value] if isinstance(leaf, Ref) else leaf,
+                node.recipe.arguments,
             )
             return list(trees.tensors(node.recipe.func(*args, **kwargs)))[node.recipe.leaf].view(node.shape)
         except Exception:  # of whatever a function does not take in the place of its arguments

@@ -41,6 +41,9 @@ KEEPS_ZERO = _names("relu relu_ gelu silu tanh leaky_relu hardswish mish elu rel
 MOVES = (VIEW | SLICE | _names("expand expand_as repeat tile broadcast_to flip roll")) - _SAME_PLACE
 """Each number of the result is one of the input's, at another place."""
 
+LIKE = _names("view_as reshape_as expand_as type_as")
+"""Take a second tensor for its form alone."""
+
 ELEMENTWISE = (
     _SAME_PLACE
     | SCALE
