@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,11 +73,13 @@ def check(run: Run, refused: Sequence[Refusal], proof: Proof | None = None) -> C
 def warn_after_first_cycle(run: Run) -> bool:
     """Say in one warning what is certainly wrong, if anything is; what was told already is left out."""
     gated = [b for b in run.branches if b.rate > 0]
-    told = [p.text for p in _problems(run, gated) if p.certain and p.key not in run.watch.warned]
+    problems = [p for p in _problems(run, gated) if p.certain and p.key not in run.watch.warned]
+    told = [problem.text for problem in problems]
+    run.watch.warned |= {problem.key for problem in problems}
     if told:
         warn(
-            f"the {type(run.model).__name__} was not trained as it should be in its first cycle of phases: "
-            f"{'; '.join(told)}. handle.check() says more"
+            f"this {type(run.model).__name__} is not trained as it should be: {'; '.join(told)}. "
+            "handle.check() says more"
         )
     return bool(told)
 
@@ -110,7 +112,9 @@ def _nothing_gated(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
         way_out = "call the attached model itself in every step, in training mode and outside of handle.paused()"
         why = "it was called in eval mode only: call model.train()" if only_eval else way_out
         yield Problem(
-            "idle", f"{watch.empty} of {watch.steps} steps had no training forward of the attached model; {why}", True
+            "idle",
+            f"{watch.empty} of {watch.steps} steps had no training forward of the attached model; {why}",
+            certain=bool(only_eval),  # an optimizer that is wrapped has said so, and steps may be skipped by hand
         )
     if not run.branches:
         yield Problem("unknown", "no branch is known yet: run a training forward, or call handle.discover(inputs)")
@@ -125,15 +129,14 @@ def _nothing_gated(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
 def _gates(run: Run) -> Iterator[Problem]:
     watch = run.watch
     branches = [(i, b) for i, b in enumerate(run.branches) if b.rate > 0]
-    there = {(hook.branch, hook.point) for hook in _hooks(run)}
-    lost = [b.name for i, b in branches if not all((i, gate) in there for gate in b.gates)]
+    lost = [branch.name for branch in _lost(run)]
     if lost:
         yield Problem(
             "lost",
             f"{_named(lost)} lost the hook, or was replaced by another module, and trains plainly; attach again",
             certain=True,
         )
-    unreached = [b.name for i, b in branches if i not in watch.reached]
+    unreached = [b.name for i, b in branches if i not in watch.reached and b.name not in lost]
     if watch.forwards and unreached:
         yield Problem(
             "unreached",
@@ -198,11 +201,13 @@ def _parameters(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
             "optimizer, or code that writes to parameters",
             certain=bool(run.optimizers) or Phase.FREEZE in run.schedule.phases,  # and not DropPath of a loop's own
         )
-    if run.first.around:
-        name, step = next(iter(run.first.around.items()))
+    lost = {name for branch in _lost(run) for name in branch.parameters}
+    around = {name: step for name, step in run.first.around.items() if name not in lost}
+    if around:
+        name, step = next(iter(around.items()))
         yield Problem(
             "around",
-            f"{_named(list(run.first.around))} is frozen, but the output still depends on it (`{name}` in step {step}):"
+            f"{_named(list(around))} is frozen, but the output still depends on it (`{name}` in step {step}):"
             " it would learn by a way around the gate. Leave its branch out (branches=), and report the model",
             certain=True,
         )
@@ -231,9 +236,12 @@ def _steps(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
         )
 
 
-def _hooks(run: Run) -> Iterable[GateHook]:
+def _lost(run: Run) -> list[Branch]:
+    """The gated branches that have lost a gate; one that was moved together with its module is not lost."""
     hooks = (hook for module in run.model.modules() for hook in module._forward_hooks.values())
-    return (hook for hook in hooks if isinstance(hook, GateHook) and hook.owner is run)
+    there = {(hook.branch, hook.point) for hook in hooks if isinstance(hook, GateHook) and hook.owner is run}
+    gated = [(index, branch) for index, branch in enumerate(run.branches) if branch.rate > 0]
+    return [branch for index, branch in gated if not all((index, gate) in there for gate in branch.gates)]
 
 
 def _named(names: Sequence[str]) -> str:

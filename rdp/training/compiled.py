@@ -99,7 +99,6 @@ def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def traced(run: int, branch: int) -> int:
     """Note that a graph gates a branch: called while it is traced, and not by the graph, for which it is a constant."""
     _runs[run].watch.traced.add(branch)
@@ -121,6 +120,8 @@ def attached(run: Run) -> None:
     import torch._dynamo  # the first optimizer of a process does so too: the 3 seconds come earlier, not on top
 
     _runs[id(run)] = run
+    # No decorator, which would import dynamo together with this module.
+    torch._dynamo.assume_constant_result(traced)  # type: ignore[no-untyped-call]
     config = torch._dynamo.config
     _guarding.setdefault(id(run), config.skip_nnmodule_hook_guards)
     config.skip_nnmodule_hook_guards = False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rdp import trees
+from rdp.phases import Phase
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
@@ -33,6 +34,8 @@ class FirstCycle:
         self.over = False
         self.examine: Callable[[], bool] = bool
         self.around: dict[str, int] = {}
+        self._walked: set[tuple[Phase, int]] = set()
+        self._again = False
         self._steps = 0
         self._end: int | None = None
         self._calls: list[tuple[Form, Forward]] = []
@@ -45,16 +48,24 @@ class FirstCycle:
     def returned(self, run: Run, forward: Forward, outputs: Iterable[Tensor]) -> None:
         """A forward has made `outputs`: what is frozen in it should not be in their graph."""
         # With several processes all parameters are linked to it, and compiled code to all that it was given.
-        if self.over or run.several or run.watch.traced or run.options.freeze == "params":
+        if run.several or run.watch.traced or run.options.freeze == "params":
             return
-        frozen = run.frozen.parameters(forward.live)
-        if frozen and (found := frozen & _leaves(outputs)):
+        # Each branch once in each phase, which may be after the first cycle, and never in row mode with many rows.
+        dead = {(forward.phase, branch) for branch, alive in enumerate(forward.live.tolist()) if not alive}
+        if dead <= self._walked:
+            return
+        self._walked |= dead
+        if found := run.frozen.parameters(forward.live) & _leaves(outputs):
             names = [name for name, p in run.model.named_parameters() if id(p) in found]
             self.around |= dict.fromkeys(names, run.step.number)
+            self._again = True
 
     def step_ends(self, run: Run) -> None:
         """A step has ended, with it perhaps the first whole cycle."""
         if self.over:
+            if self._again:
+                self._again = False
+                self.examine()
             return
         self._steps += 1
         number, phases = run.step.number, len(run.schedule.phases)
@@ -62,6 +73,7 @@ class FirstCycle:
             self._end = number
         if self._end is not None:
             # What its last step moved is seen as the next forward begins, so it is asked once more after that.
+            self._again = False
             self.over = self.examine() or number > self._end
 
     def skipped(self) -> dict[tuple[int, int], set[int]]:

@@ -287,7 +287,7 @@ def test_what_a_compiled_model_does_not_call_any_more_is_reported():
     case = LINEAR[0].values[0]
     model = case.model()
     handle = case.attach(model, example_inputs=model.rows(2, 0))
-    gone, model.body = handle.branches[2].name, model.body[:2]
+    gone, model.aside, model.body = handle.branches[2].name, model.body[2], model.body[:2]
     torch.compile(model, backend="eager")(model.rows(4, 0))
     (problem,) = [text for text in handle.check().problems if "never reached" in text]
     assert gone in problem

@@ -70,12 +70,14 @@ def test_a_graph_of_a_plain_twin_that_serves_for_the_attached_model(case):
     assert "was never reached by a training forward" in text
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_a_parameter_that_is_frozen_with_a_branch_although_it_learns_without_it(case, monkeypatch):
-    """As by wrong nesting or ownership."""
+def test_a_parameter_that_is_frozen_with_a_branch_although_it_learns_without_it(case, late, monkeypatch):
+    """As by wrong nesting or ownership; a branch may be frozen for the first time when the first cycle is over."""
     model = case.model()
     stem = next(name for name, _ in model.named_parameters())
     handle = case.attach(model)
+    handle._run.first.over = late
     found = handle._run.found
 
     def wrong(branches: tuple[rdp.Branch, ...]) -> None:
