@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -239,9 +240,8 @@ def _steps(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
 def _lost(run: Run) -> list[Branch]:
     """The gated branches that have lost a gate; one that was moved together with its module is not lost."""
     hooks = (hook for module in run.model.modules() for hook in module._forward_hooks.values())
-    there = {(hook.branch, hook.point) for hook in hooks if isinstance(hook, GateHook) and hook.owner is run}
-    gated = [(index, branch) for index, branch in enumerate(run.branches) if branch.rate > 0]
-    return [branch for index, branch in gated if not all((index, gate) in there for gate in branch.gates)]
+    there = Counter(hook.branch for hook in hooks if isinstance(hook, GateHook) and hook.owner is run)
+    return [b for index, b in enumerate(run.branches) if b.rate > 0 and there[index] < len(b.gates)]
 
 
 def _named(names: Sequence[str]) -> str:

@@ -45,14 +45,14 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[None]:
     """Forwards in this context have these masks, or none, and the run does not know of them."""
-    before = run.step, run.watch, run.first, run.masks, run.several, run.pauses
-    run.watch, run.first, run.pauses = Watch(run.model), FirstCycle(), int(phase is None)
+    before = run.step, run.watch, run.first, run.look, run.masks, run.several, run.pauses
+    run.watch, run.first, run.look, run.pauses = Watch(run.model), FirstCycle(), bool, int(phase is None)
     if phase is not None:
         run.step = Step(run.step.number, phase, run.step.cycle, run.probes, {}, masks)
     try:
         yield
     finally:
-        run.step, run.watch, run.first, run.masks, run.several, run.pauses = before
+        run.step, run.watch, run.first, run.look, run.masks, run.several, run.pauses = before
 
 
 def operations(run: Run, inputs: Inputs) -> float:

@@ -67,14 +67,14 @@ def test_sound_training_has_no_problem(mode, several):
     assert checkup.ok
     assert checkup.problems == ()
     lines = str(checkup).splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "sound",
         "LoopMLP: 3 gated branches of 3",
         "7 training forwards, 6 steps; the phase is DROP",
         f"{len(optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
         "proved on two rows of the input",
     ]
-    assert len(lines) == 4 + len(handle.branches)
+    assert len(lines) == 5 + len(handle.branches)
 
 
 def test_the_first_facts_name_what_is_not_gated():

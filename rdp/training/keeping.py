@@ -33,7 +33,7 @@ class Keeper:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.moves_all = False
+        self.moves_all = isinstance(optimizer, LBFGS)  # along one direction, if anything is frozen sooner or later
         self._optimizer = optimizer
         self._steps = 0
 
