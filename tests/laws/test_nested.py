@@ -164,7 +164,19 @@ class Vouched(Net):
         return x + self.outer(h + f) + 0.1 * f
 
 
-NETS = [Twice, Thrice, Within, Streams, LastStream, SideBySide, Shared, SharedTwice, Vouched]
+class Part(Net):
+    """A part of a branch that is named too, and that would run on some rows only if the branch did."""
+
+    named = ("f", "f.0")
+
+    def __init__(self) -> None:
+        super().__init__(f=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid(), nn.Linear(WIDTH, WIDTH)))
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+NETS = [Part, Twice, Thrice, Within, Streams, LastStream, SideBySide, Shared, SharedTwice, Vouched]
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
