@@ -25,7 +25,7 @@ from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
 from rdp.phases import Phase
 from rdp.rehearsal import as_trained, operations, rehearsal
-from rdp.rows.axes import row_axis
+from rdp.rows.axes import layouts_of, row_axis, row_of_two
 from rdp.rows.verify import close
 from rdp.training.run import Run
 
@@ -96,13 +96,16 @@ class _Trial:
         with self._recorded():
             self.plain = self._outputs(None, None, pair)
         alone = self._outputs(None, None, single)
-        self.rows = [row_axis(two.shape, one.shape) for two, one in zip(self.plain, alone, strict=True)]
-        for number, (two, one) in enumerate(zip(self.plain, alone, strict=True)):
-            axis = self.rows[number]
-            if axis is not None and not (two.is_floating_point() and self._same(_row(two, axis, 0), one)):
-                self.rows[number] = None
+        self.rows = [self._rows(two, one) for two, one in zip(self.plain, alone, strict=True)]
         self.apart = run.options.mode == "row" and any(axis is not None for axis in self.rows)
         """Are there outputs of each row by itself? If not, all rows have the same masks."""
+
+    def _rows(self, two: Tensor, one: Tensor) -> RowAxis | None:
+        """Where an output of two rows has its rows, if the first is what that row alone gives."""
+        where = row_axis(two.shape, one.shape)
+        if where is None or not two.is_floating_point():
+            return None
+        return next((rows for rows in layouts_of(where) if self._same(row_of_two(two, rows, 0), one)), None)
 
     def proof(self) -> Proof:
         """Look at one law after the other, until one does not hold."""
@@ -184,7 +187,9 @@ class _Trial:
         pairs = zip(found, wanted, self.rows, strict=True)
         if row is None:
             return all(self._same(one, other) for one, other, _ in pairs)
-        return all(self._same(_row(a, axis, row), _row(b, axis, row)) for a, b, axis in pairs if axis is not None)
+        return all(
+            self._same(row_of_two(a, axis, row), row_of_two(b, axis, row)) for a, b, axis in pairs if axis is not None
+        )
 
     def _same(self, found: Tensor, wanted: Tensor) -> bool:
         if not wanted.is_floating_point():
@@ -202,7 +207,7 @@ class _Trial:
         names = [name for name, p in self.parameters.items() if id(p) in frozen]
         for x, axis in zip(outputs, self.rows, strict=True):
             if x.requires_grad and (axis is not None or not self.apart):
-                part = x if axis is None or not self.apart else _row(x, axis, row)
+                part = x if axis is None or not self.apart else row_of_two(x, axis, row)
                 weights = torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
                 loss = loss.to(x.device) + (part * weights.to(part)).sum()
         if not names or not loss.requires_grad:
@@ -257,7 +262,3 @@ def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[i
 
 def _itself(x: Any) -> Any:
     return x
-
-
-def _row(x: Tensor, axis: RowAxis, row: int) -> Tensor:
-    return x.narrow(axis.axis, row * axis.fold, axis.fold)

@@ -86,7 +86,7 @@ def _settle(model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place,
     for (module, leaf), where in axes.items():
         if not one[module][leaf].is_meta and not one[module][leaf].isfinite().all():
             return settled, Coupling(coupled, not_finite=module)
-        layouts = [replace(where, outer=n) for n in range(1, where.fold + 1) if where.fold % n == 0]
+        layouts = layouts_of(where)
         errors = {layout: _row_error(two[module][leaf], one[module][leaf], layout) for layout in layouts}
         fitting = [layout for layout in layouts if errors[layout] <= _COUPLED]
         best = fitting[0] if fitting else min(layouts, key=lambda layout: errors[layout])
@@ -106,11 +106,21 @@ def _settle(model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place,
     return settled, Coupling(coupled)
 
 
+def layouts_of(where: RowAxis) -> list[RowAxis]:
+    """Every order in which the entries of the rows may stand on an axis."""
+    return [replace(where, outer=outer) for outer in range(1, where.fold + 1) if where.fold % outer == 0]
+
+
+def row_of_two(pair: Tensor, where: RowAxis, row: int) -> Tensor:
+    """The entries of one row in a tensor of two."""
+    before, after = pair.shape[: where.axis], pair.shape[where.axis + 1 :]
+    apart = pair.reshape(*before, where.outer, 2, where.fold // where.outer, *after)
+    return apart.select(where.axis + 1, row).reshape(*before, where.fold, *after)
+
+
 def _row_error(pair: Tensor, single: Tensor, where: RowAxis) -> float:
     """How much the first row differs beside a second one, relative to the largest number in it."""
-    before, after = single.shape[: where.axis], single.shape[where.axis + 1 :]
     if pair.is_meta or not pair.is_floating_point() or pair.numel() != 2 * single.numel() or not single.numel():
         return 0.0
-    apart = pair.reshape(*before, where.outer, 2, where.fold // where.outer, *after)
-    error = (apart.select(where.axis + 1, 0).reshape(single.shape).double() - single.double()).abs().max()
+    error = (row_of_two(pair, where, 0).double() - single.double()).abs().max()
     return float(error / single.double().abs().max().clamp_min(1e-300))

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from laws import test_conditioned, test_folded, test_side_outputs
 from laws.architectures import BlockMLP, FoldedMLP, LoopMLP
 from torch import Tensor, nn
 
 import rdp
 from rdp import proof, rows
-from rdp.branches import RowAxis
-from rdp.training import gates
+from rdp.discovery import candidates
+from rdp.rows import places, writer
+from rdp.rows.axes import Coupling
+from rdp.training import gates, hooks
 
 KINDS = ("plain", "plain", "plain")
 MODES = pytest.mark.parametrize("mode", ["row", "batch"])
@@ -132,5 +135,126 @@ def _without_verification(*given: Any) -> Any:
         return rows.plan.plan_rows(*given)
 
 
-def test_the_row_axis_that_a_proof_uses_is_seen_on_outputs():
-    assert proof._row(torch.arange(6.0), RowAxis(0, 3), 1).tolist() == [3, 4, 5]
+# -- mended rules of other rooms, taken away ---------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, inputs: Any, **arguments: Any) -> list[str]:
+    """What the proof finds wrong with a model as it is attached to."""
+    given = {"decay": "constant", "verify": False, "example_inputs": inputs} | arguments
+    with rdp.attach(model, 0.5, **given) as handle:
+        found = proof.prove(handle._run, (inputs if isinstance(inputs, tuple) else (inputs,), {}))
+    return [*found.violations.values()]
+
+
+CONDITIONED = [
+    test_conditioned.ModuleGate,
+    test_conditioned.AdaLNZero,
+    test_conditioned.GivenGate,
+    test_conditioned.FilmModule,
+]
+
+
+@MODES
+@pytest.mark.parametrize("block", CONDITIONED)
+def test_a_gate_from_outside_that_is_not_cut(block, mode, monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = test_conditioned.Net(block).double(), test_conditioned.batch(2)
+    assert refused(model, inputs, mode=mode) == []
+    monkeypatch.setattr(candidates, "find_cuts", lambda *_: [])
+    found = refused(model, inputs, mode=mode)
+    assert len(found) == 2 * block.sums
+    assert all("learns by a way around the gate" in why for why in found)
+
+
+@pytest.mark.parametrize(
+    "net", [test_side_outputs.Gate, test_side_outputs.OnTheShortcut, test_side_outputs.ForTheNextBlock]
+)
+def test_a_side_output_of_some_rows(net, monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = net(), (torch.randn(2, test_side_outputs.WIDTH), torch.randn(2, test_side_outputs.WIDTH))
+    assert refused(model, inputs) == []
+    monkeypatch.setattr(writer, "_side_outputs", lambda *_: [])
+    monkeypatch.setattr(rows.plan, "verify_programs", lambda *_: {})
+    handle = rdp.attach(model, 0.5, decay="constant", verify=False, example_inputs=inputs)
+    assert any(branch.compute == "rows" for branch in handle.branches)
+    handle.remove()
+    # Either the value is wrong, or there are too few rows for what takes the side output.
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=inputs)
+    assert any("in FREEZE the output" in b.note for b in handle.branches) or "raised" in str(handle).splitlines()[-1]
+
+
+@pytest.mark.parametrize("folding", [test_folded.Views, test_folded.FramesOutside, test_folded.ViewsOfFrames])
+def test_an_order_of_entries_that_is_another(folding, monkeypatch):
+    torch.manual_seed(0)
+    model, x = folding(), torch.randn(2, test_folded.FRAMES, test_folded.WIDTH)
+    assert refused(model, x) == []
+    monkeypatch.setattr(places, "settle", lambda *_: ({}, Coupling()))
+    assert refused(model, x) == ["its mask for one row changes another row"] * 3
+
+
+class Coupled(LoopMLP):
+    """The branches take the mean of all rows away."""
+
+    class Centred(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x - x.mean(0)
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.layers = nn.ModuleList(self.Centred(*f) for f in self.layers)
+
+
+class Ranked(Coupled):
+    """The branches compare rows."""
+
+    class Centred(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(0)
+
+
+class Standardized(Coupled):
+    """A normalisation over all rows that is none of torch's."""
+
+    class Centred(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x / (x.square().mean() + 1).sqrt()
+
+
+@pytest.mark.filterwarnings("ignore::rdp.RdpWarning")
+@pytest.mark.parametrize("build", [Coupled, Ranked, Standardized])
+def test_coupled_rows_that_are_run_apart(build, monkeypatch):
+    torch.manual_seed(0)
+    model = build(3)
+    assert refused(model, model.rows(2, 0)) == []
+    monkeypatch.setattr(rows.plan, "verify_programs", lambda *_: {})
+    assert refused(model, model.rows(2, 0)) == ["in FREEZE the output is not that of the plain network"] * 3
+
+
+class Frozen(BlockMLP):
+    """Its first blocks run without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body[:2](self.stem(x))
+        return self.head(self.body[2:](x))
+
+
+@MODES
+def test_a_part_without_gradients_that_is_dropped(mode, monkeypatch):
+    torch.manual_seed(0)
+    model = Frozen(KINDS)
+    assert refused(model, model.rows(2, 0), mode=mode, compute="dense") == []
+    monkeypatch.setattr(hooks, "is_plain", lambda *_: False)
+    with rdp.attach(
+        model, 0.5, decay="constant", mode=mode, compute="dense", example_inputs=model.rows(2, 0)
+    ) as handle:
+        run = handle._run
+        gated = tuple(replace(b, rate=0.5) for b in run.branches)
+        installed = [hook for i, b in enumerate(gated) for hook in hooks.install(run, i, b, None)]
+        run.found(gated)
+        found = proof.prove(run, ((model.rows(2, 0),), {})).violations
+        assert "it does not train, but is dropped" in found.values()
+        for hook in installed:
+            hook.remove()
