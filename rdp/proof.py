@@ -105,7 +105,8 @@ class _Trial:
         where = row_axis(two.shape, one.shape)
         if where is None or not two.is_floating_point():
             return None
-        return next((rows for rows in layouts_of(where) if self._same(row_of_two(two, rows, 0), one)), None)
+        fitting = [rows for rows in layouts_of(where) if self._same(row_of_two(two, rows, 0), one)]
+        return fitting[0] if len(fitting) == 1 else None
 
     def proof(self) -> Proof:
         """Look at one law after the other, until one does not hold."""

@@ -150,7 +150,7 @@ CONDITIONED = [
     test_conditioned.ModuleGate,
     test_conditioned.AdaLNZero,
     test_conditioned.GivenGate,
-    test_conditioned.FilmModule,
+    test_conditioned.TwoFactors,
 ]
 
 
