@@ -64,7 +64,8 @@ def check_gating(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
     problems += [f"stopped with the branches, but not listed: {_some(unlisted)}"] if unlisted else []
 
     model.eval()
-    model.training = True  # the gates work, but BatchNorm and dropout do not tie rows together
+    for name in {"", *(branch.block for branch in handle.branches)}:
+        model.get_submodule(name).training = True  # the gates work, but BatchNorm and dropout do not tie rows together
     twins = {key: value[:1].expand_as(value).clone() for key, value in inputs.items()}
     names = [branch.name for branch in handle.branches]
     settings |= {"branches": lambda name, module: name in names, "seed": _telling_seed(len(names))}
