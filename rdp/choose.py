@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rdp import trees
 from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
-from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
+from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, shortened
 from rdp.masks import branch_rates
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
@@ -86,6 +87,27 @@ def check_unattached(model: nn.Module, besides: object = None) -> None:
                     f"this {type(model).__name__} is attached already ({where} has another handle's hooks); "
                     "call remove() on that handle first"
                 )
+
+
+def arguments_of(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of a forward, from what the user has given for them.
+
+    Raises:
+        ArgumentError: If there is no tensor with rows in them, or one was made in inference mode.
+    """
+    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    if not trees.batch_size((args, kwargs)):
+        raise ArgumentError(
+            "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
+            f"arguments, with at least one row; got {shortened(inputs)}"
+        )
+    if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
+        raise ArgumentError(
+            "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
+            "through the model; pass a clone() of it that is made outside"
+        )
+    return args, kwargs
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rdp import choose, trees
+from rdp import choose
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.check import Checkup, check, warn_after_first_cycle
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
-from rdp.errors import ArgumentError, AttachError, shortened, warn
+from rdp.errors import ArgumentError, AttachError, warn
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
@@ -142,7 +142,7 @@ class ResidualDropPath:
             BranchError: If no branch is found, or one that was named is not there.
         """
         self._check_attached()
-        self._discover(*self._arguments(inputs))
+        self._discover(*choose.arguments_of(inputs))
 
     def check(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None) -> Checkup:
         """Examine what has happened since `attach`; call it after a few steps and print the answer.
@@ -157,7 +157,7 @@ class ResidualDropPath:
             alternate, steps without a training forward, optimizers that are not wrapped, frozen parameters that moved.
         """
         if inputs is not None and self.attached:
-            given = self._arguments(inputs)
+            given = choose.arguments_of(inputs)
             self._discover(*given)
             self._proof = prove(self._run, given)
         if self.attached:
@@ -220,24 +220,6 @@ class ResidualDropPath:
             state += "; branches will be found in the first training forward"
         head = f"ResidualDropPath({type(self.model).__name__}, rate={self.options.rate}, mode={self.options.mode!r}): "
         return head + state + (f"\n{branch_table(self.branches, self.refused)}\n{self._proof}" if self.branches else "")
-
-    def _arguments(
-        self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Positional and keyword arguments of a forward, from what the user has given for them."""
-        kwargs = inputs if isinstance(inputs, Mapping) else {}
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        if not trees.batch_size((args, kwargs)):
-            raise ArgumentError(
-                "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
-                f"arguments, with at least one row; got {shortened(inputs)}"
-            )
-        if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
-            raise ArgumentError(
-                "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
-                "through the model; pass a clone() of it that is made outside"
-            )
-        return args, kwargs
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:

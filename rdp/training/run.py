@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from rdp import masks, trees
+from rdp import masks, refusals, trees
 from rdp.branches import Branch
 from rdp.distributed.agreement import Agreement
 from rdp.distributed.ranks import Ranks
@@ -122,9 +122,8 @@ class Run:
     def followed(self, branches: tuple[Branch, ...], places: Mapping[str, Slot]) -> None:
         """The parameters of the branches are known, or known to be in other places than before."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        there = set(modules.values())
-        pairs = zip(self.blocks, branches, strict=True)
-        self.blocks = [old if old in there else modules.get(branch.block, old) for old, branch in pairs]
+        blocks = zip(self.blocks, branches, strict=True)
+        self.blocks = [old if old in modules.values() else modules.get(b.block, old) for old, b in blocks]
         self.frozen, self.branches = Frozen(branches, places), branches
         self.probes.choose(self.model, branches, self.held)
         self.watch.found(places, {*self.probes.names, *(name for branch in branches for name in branch.parameters)})
@@ -154,11 +153,7 @@ class Run:
         Raises:
             ForwardError: If `module` is another than the attached one, or its rows cannot be masked.
         """
-        if module is not self.model:
-            raise ForwardError(
-                f"this {type(module).__name__} is a replica or a shallow copy of the attached model, as "
-                "torch.nn.DataParallel makes them. Use DistributedDataParallel, or attach to the copy itself"
-            )
+        refusals.check_attached_one(module, self.model)
         calls, forward, in_backward = self.calls, None, torch._C._current_graph_task_id() != -1
         if calls.running and not in_backward:
             calls.forget_interrupted(module)
@@ -167,14 +162,10 @@ class Run:
                 return
             if in_backward:
                 forward = calls.of_backward(self.step)
-                if forward is None:
-                    raise ForwardError(
-                        "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward "
-                        "runs without gradients and was taken for a plain one. Pass use_reentrant=False, or "
-                        "checkpoint its blocks"
-                    )
-                return
-            rows = _count_rows((args, kwargs))
+                if forward is not None:
+                    return
+                raise ForwardError(refusals.CHECKPOINTED)
+            rows = refusals.count_rows((args, kwargs))
             if not self.branches:
                 self.discover(args, kwargs)
                 if callable(unshard := getattr(module, "unshard", None)):
@@ -199,9 +190,8 @@ class Run:
 
     def _new_forward(self, position: int, rows: int) -> Forward:
         step, options = self.step, self.options
-        self.several = (
-            step.given is None and dist.is_available() and dist.is_initialized() and self.agreement.ranks.size > 1
-        )
+        together = dist.is_available() and dist.is_initialized() and self.agreement.ranks.size > 1
+        self.several = together and step.given is None
         # With frozen parameters instead of frozen outputs all micro-batches must agree on what is frozen.
         number = 0 if options.freeze == "params" else position
         # FREEZE begins again where it has more forwards than DROP had.
@@ -308,17 +298,3 @@ class Run:
         self.watch.counts(step, self.frozen)
         self.step = Step(number, *self.schedule.at(number), self.probes, step.draws())
         self.first.step_ends(self)
-
-
-def _count_rows(inputs: object) -> int:
-    """The number of rows of a training forward, or a refusal."""
-    rows = trees.batch_size(inputs)
-    if rows is None:
-        raise ForwardError(
-            "the model was called without any tensor that has a batch axis, so there are no rows to mask"
-        )
-    if rows == 0:
-        raise ForwardError("the batch is empty (0 rows); skip it, or train it under handle.paused()")
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise ForwardError("the model was called under torch.func (vmap, grad, jvp), where rows cannot be told apart")
-    return rows
