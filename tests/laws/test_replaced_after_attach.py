@@ -215,3 +215,25 @@ def test_what_is_gone_is_told_in_the_next_forward():
         object.__setattr__(model.get_submodule(parent), key, gone)
         with pytest.warns(rdp.RdpWarning, match=rf"`{name}` ended a branch and is not in the model any more"):
             model(model.rows(2, 0))
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_blocks_that_are_compiled_after_attach(mode):
+    """`model.blocks[i] = torch.compile(model.blocks[i])` trains as without it."""
+    trained = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = BlockMLP(("plain", "scaled", "plain")).double()
+        handle = rdp.attach(model, 0.5, decay="constant", mode=mode, seed=3, example_inputs=model.rows(2, 0))
+        optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        for index in range(3 if compiled else 0):
+            model.body[index] = torch.compile(model.body[index], backend="eager")
+        for step in range(6):
+            optimizer.zero_grad()
+            model(model.rows(4, step)).square().mean().backward()
+            optimizer.step()
+        assert handle.check().ok
+        trained.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*trained)
+    torch._dynamo.reset()
