@@ -224,7 +224,7 @@ def test_blocks_that_are_compiled_after_attach(mode):
     for compiled in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = BlockMLP(("plain", "scaled", "plain")).double()
+        model = arch.BlockMLP(("plain", "scaled", "plain")).double()
         handle = rdp.attach(model, 0.5, decay="constant", mode=mode, seed=3, example_inputs=model.rows(2, 0))
         optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
         for index in range(3 if compiled else 0):
