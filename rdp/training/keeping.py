@@ -38,7 +38,7 @@ class Keeper:
         self._steps = 0
 
     def keep(self, parameters: Collection[Tensor]) -> Kept:
-        """Before a step: remember these parameters, of which some are, or will turn out to be, frozen in it."""
+        """Remember these parameters, which are frozen, before the optimizer moves any."""
         examined = self._steps < _EXAMINED
         self._steps += bool(parameters)
         if not (examined or self.moves_all):

@@ -119,15 +119,17 @@ class MaskedOptimizer(Optimizer):
     def _step_with_closure(self, closure: Callable[[], Any], **kwargs: Any) -> Any:
         run, frozen = self._run, frozenset[int]()
         before = set(run.step.forwards)
-        kept = self._keeper.keep(self.parameters())
+        kept, called = self._keeper.keep([]), False
 
         def evaluate() -> Any:
-            nonlocal frozen
+            nonlocal frozen, kept, called
             kept.put_back(frozen)
             self._show()
             run.evaluates(before)
             loss = closure()
             frozen = self._hide()
+            if not called:  # before which optimizers move nothing
+                kept, called = self._keeper.keep([p for p, _ in self._hidden]), True
             return loss
 
         try:
