@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
@@ -57,6 +56,8 @@ def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[N
 
 def operations(run: Run, inputs: Inputs) -> float:
     """Floating point operations of a plain forward; 0 where they cannot be counted without numbers."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which is not for everybody
+
     with suppress(Exception), weightless(run.model), rehearsal(run, None, None), torch.no_grad():
         args, kwargs = on_meta(inputs)
         with FlopCounterMode(display=False) as counter:

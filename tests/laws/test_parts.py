@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rdp
-from rdp import Phase
 
 ROWS = 6
 
@@ -178,7 +177,7 @@ def test_the_flag_of_the_module_that_adds_decides(mode: str, evaluated: str) -> 
         block.end.eval()
     different = 0
     for x in steps(model, handle, 8):
-        if handle.phase is Phase.DROP:
+        if handle.phase is rdp.Phase.DROP:
             mask = handle.masks
             with torch.no_grad():
                 y = model.stem(x)

@@ -34,9 +34,11 @@ def test_dropping_one_branch_silences_its_parameters_and_no_others(entry: Entry)
     model, inputs = entry.build_quick()
     wake(model)
     model.eval()
-    model.training = True  # the gates work; dropout would only blur the comparison
     warnings.simplefilter("ignore", rdp.RdpWarning)  # XLNet's and Funnel's refusals are tested elsewhere
     settings = {"decay": "constant", "compute": "dense", "example_inputs": inputs}
+    with rdp.attach(model, NEVER, **settings) as handle:
+        for name in {"", *(branch.block for branch in handle.branches)}:
+            model.get_submodule(name).training = True  # the gates work; dropout would only blur the comparison
     with rdp.attach(model, NEVER, **settings) as handle:
         learning = with_gradient(model, inputs)
     owners = Counter(name for branch in handle.branches for name in branch.parameters)

@@ -15,6 +15,13 @@ import rdp
 from models.found import find
 
 
+class Record:
+    """Batch sizes; unlike a list in a module, it is not put back after a search."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+
 class Observer(nn.Module):
     """A residual block with BatchNorm, dropout, a buffer that counts and a record of the batch sizes it was given."""
 
@@ -23,10 +30,10 @@ class Observer(nn.Module):
         self.f = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5))
         self.frozen = nn.BatchNorm2d(3).eval()
         self.head = nn.Linear(3, 2)
-        self.rows: list[int] = []
+        self.record = Record()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.rows.append(x.shape[0])
+        self.record.rows.append(x.shape[0])
         x = self.frozen(x)
         return self.head((x + self.f(x)).relu_().mean((2, 3)))
 
@@ -103,16 +110,18 @@ def test_discovery_leaves_no_trace_when_the_forward_raises() -> None:
 
 def test_at_most_two_rows_of_a_large_batch_are_used() -> None:
     model = Observer()
+    find(model, torch.randn(1000, 3, 4, 4), verify=False)
+    assert max(model.record.rows) == 2
+    assert sum(model.record.rows) <= 6
     find(model, torch.randn(1000, 3, 4, 4))
-    assert max(model.rows) == 2
-    assert sum(model.rows) <= 6
+    assert max(model.record.rows) == 2
 
 
 def test_the_first_training_forward_finds_branches_on_two_rows_and_then_runs_once_on_all() -> None:
     model = Observer().train()
     rdp.attach(model, rate=0.5)
     model(torch.randn(64, 3, 4, 4))
-    assert (max(model.rows[:-1]), model.rows[-1]) == (2, 64)
+    assert (max(model.record.rows[:-1]), model.record.rows[-1]) == (2, 64)
 
 
 def test_a_batch_of_one_row_is_enough() -> None:

@@ -18,8 +18,9 @@ def block() -> nn.Module:
 
 
 def on_rows(model: nn.Module, x: Tensor) -> list[str]:
-    """The names of the branches that can run on some of the rows."""
-    return [branch.name for branch in find(model, x, compute="auto").branches if branch.compute == "rows"]
+    """The names of the branches that can run on some of the rows, as far as a search without a proof tells."""
+    branches = find(model, x, compute="auto", verify=False).branches
+    return [branch.name for branch in branches if branch.compute == "rows"]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -31,17 +32,24 @@ def test_the_same_is_found_with_numbers_which_hooks_of_somebody_else_ask_for(cas
     assert find(model, batch, compute="auto") == expected
 
 
+class Counter:
+    """Counts calls; unlike a list in a module, it is not put back after a search."""
+
+    def __init__(self, number: int) -> None:
+        self.calls = [0] * number
+
+
 class Deep(nn.Module):
     """Counts the calls of its blocks, the rows of which are numbers."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.calls = [0] * len(blocks)
+        self.counter = Counter(len(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, module in enumerate(self.blocks):
-            self.calls[i] += not x.is_meta
+            self.counter.calls[i] += not x.is_meta
             x = x + module(x)
         return x
 
@@ -49,7 +57,7 @@ class Deep(nn.Module):
 def test_a_deep_model_computes_its_first_block_only() -> None:
     model = Deep([block() for _ in range(20)])
     assert len(on_rows(model, torch.randn(4, WIDTH))) == 20
-    assert model.calls == [2] + 19 * [0]
+    assert model.counter.calls == [2] + 19 * [0]
 
 
 def test_hooks_of_somebody_else_see_numbers_and_forwards_that_end() -> None:
@@ -57,8 +65,8 @@ def test_hooks_of_somebody_else_see_numbers_and_forwards_that_end() -> None:
     on_meta, ends = [], []
     model.blocks[0].register_forward_hook(lambda module, args, output: on_meta.append(output.is_meta))
     model.register_forward_hook(lambda module, args, output: ends.append(1))
-    assert len(on_rows(model, torch.randn(4, WIDTH))) == 3
-    assert model.calls == [4, 4, 4]
+    assert on_rows(model, torch.randn(4, WIDTH)) == ["blocks.1", "blocks.2"]  # the hook is not to see some of the rows
+    assert model.counter.calls == [4, 4, 4]
     assert len(ends) == 5  # the fifth looks for own dropping, and takes back what it leaves in the modules
     assert not any(on_meta)
 
@@ -193,7 +201,10 @@ def test_no_device_of_the_trace_is_left_in_what_runs_on_rows() -> None:
 def test_autocast_is_searched_with_numbers_since_it_does_nothing_on_meta() -> None:
     model = Deep([block() for _ in range(3)])
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(on_rows(model, torch.randn(4, WIDTH))) == 3
+        assert on_rows(model, torch.randn(4, WIDTH)) == [
+            "blocks.1",
+            "blocks.2",
+        ]  # the hook is not to see some of the rows
     assert model.calls[-1] == 2
 
 
