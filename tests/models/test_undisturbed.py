@@ -112,7 +112,7 @@ def test_at_most_two_rows_of_a_large_batch_are_used() -> None:
     model = Observer()
     find(model, torch.randn(1000, 3, 4, 4), verify=False)
     assert max(model.record.rows) == 2
-    assert sum(model.record.rows) <= 6
+    assert sum(model.record.rows) <= 8  # two of them to look for own dropping
     find(model, torch.randn(1000, 3, 4, 4))
     assert max(model.record.rows) == 2
 
