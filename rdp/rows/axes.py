@@ -78,7 +78,9 @@ def settle(
     return settled, coupling
 
 
-def _settle(model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place, RowAxis]) -> Settled:
+def _settle(
+    model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place, RowAxis], vary: bool = True
+) -> Settled:
     two, one = (observe(model, inputs, {module for module, _ in axes}) for inputs in (pair, single))
     settled: dict[Place, RowAxis | None] = {}
     unclear: dict[Place, RowAxis] = {}
@@ -99,10 +101,10 @@ def _settle(model: nn.Module, pair: Inputs, single: Inputs, axes: Mapping[Place,
                 continue
             coupled = module
         before = max(before, errors[best])
-    if unclear and (other := varied(pair)) is not None:
+    if vary and unclear and (other := varied(pair)) is not None:
         # Inputs of zeros, say, have the same numbers in all entries. With other inputs a model may do anything.
         with suppress(Exception):
-            settled |= settle(model, other, take_rows(other, 1), unclear, ())[0]
+            settled |= _settle(model, other, take_rows(other, 1), unclear, vary=False)[0]
     return settled, Coupling(coupled)
 
 
