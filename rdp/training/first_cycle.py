@@ -51,11 +51,14 @@ class FirstCycle:
         if run.several or run.watch.traced or run.options.freeze == "params":
             return
         # Each branch once in each phase, which may be after the first cycle, and never in row mode with many rows.
-        dead = {(forward.phase, branch) for branch, alive in enumerate(forward.live.tolist()) if not alive}
-        if dead <= self._walked:
+        if _dead(forward.phase, forward.live) <= self._walked:
             return
-        self._walked |= dead
-        if found := run.frozen.parameters(forward.live) & _leaves(outputs):
+        # A branch inside another is in the graph also where no row learns through both: a gradient of zeros.
+        freeze = forward.phase is Phase.FREEZE
+        learning = forward.masks.all(1, keepdim=True) if freeze else forward.masks.any(1, keepdim=True)
+        in_graph = run.frozen.live(learning, forward.phase, forward.plain)
+        self._walked |= _dead(forward.phase, in_graph)
+        if found := run.frozen.parameters(in_graph) & _leaves(outputs):
             names = [name for name, p in run.model.named_parameters() if id(p) in found]
             self.around |= dict.fromkeys(names, run.step.number)
             self._again = True
@@ -90,6 +93,10 @@ class FirstCycle:
                 if without:
                     found.setdefault((without, len(alike)), set()).add(branch)
         return found
+
+
+def _dead(phase: Phase, live: Tensor) -> set[tuple[Phase, int]]:
+    return {(phase, branch) for branch, alive in enumerate(live.tolist()) if not alive}
 
 
 def _form(inputs: object) -> Form:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -202,6 +204,22 @@ def test_frozen_is_what_no_row_reaches(net: type[Net], named: bool, mode: str) -
             frozen_in_part += 0 < len(without) < len(list(model.parameters()))
             handle.advance()
     assert frozen_in_part
+
+
+@pytest.mark.parametrize("net", [Twice, Thrice, Within, SideBySide])
+def test_rows_that_no_branch_passes_on_to_another_are_no_way_around(net: type[Net]) -> None:
+    """The inner branch is in the graph then, with a gradient of zeros."""
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rdp.RdpWarning)
+        handle = rdp.attach(model, 0.3, decay="constant", branches=net.named, example_inputs=x)
+        optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+        for _ in range(24):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            optimizer.step()
+        assert handle.check().ok
 
 
 def test_a_branch_that_was_not_chosen_guards_nothing() -> None:
