@@ -121,11 +121,12 @@ def _taking_part(trace: ChanceTrace) -> set[BranchKey]:
 
 
 def _end(graph: Graph, trace: ChanceTrace, branch: int) -> tuple[str, bool]:
-    """The module that ends a branch, and whether a number of no data, one a row, takes it away thereafter."""
+    """The module that ends a branch, and whether it teaches nothing: taken away by a number of no data, one a row."""
     owner, name, zero = graph.values[branch].owner, None, False
     while True:
         node = graph.values[branch]
         zero |= node.op in ops.PRODUCT and any(trace.zero.get(i, False) for i in node.inputs)
+        zero |= not node.has_gradients  # an estimate, say, that a diffusion model is given in half of the steps
         if name is None and node.returned_by:
             name = node.returned_by[-1].name
         data = [i for i in node.inputs if graph.values[i].is_data]

@@ -359,6 +359,39 @@ class RoutedByNoise(Block):
         return self.fc1(x) * weights[:, :1] + self.fc2(x) * weights[:, 1:]
 
 
+class SelfConditioned(Net):
+    """In half of the steps, a diffusion model is given its own estimate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.5:
+            with torch.no_grad():
+                x = x + super().forward(x)
+        return super().forward(x)
+
+
+class SelfConditionedByRow(Net):
+    """The same for half of the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            estimate = super().forward(x)
+        return super().forward(x + estimate * (torch.rand(len(x), 1, device=x.device) < 0.5))
+
+
+class SelfConditionedInside(Net):
+    """The same, with the estimate of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.estimate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.rand(()) < 0.5:
+            with torch.no_grad():
+                x = x + self.estimate(x)
+        return super().forward(x)
+
+
 class Unread(Net):
     """A configuration that says it, and nobody who reads it; and a branch that does at a rate of 0."""
 
@@ -382,6 +415,9 @@ QUIET = {
     "dropped inputs": Inputs,
     "a choice of experts": lambda: Net(Experts),
     "routing by noise": lambda: Net(RoutedByNoise),
+    "its own estimate": SelfConditioned,
+    "its own estimate for some rows": SelfConditionedByRow,
+    "an estimate": SelfConditionedInside,
     "settings that nobody reads": Unread,
     "rates of 0": with_rate_zero,
     "transformer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
