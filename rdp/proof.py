@@ -93,6 +93,8 @@ class _Trial:
         self.half = next(iter(halves), torch.bfloat16 if autocast else None)
         """What numbers were made in, however exact they look now."""
         self.parts: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+        self._step = run.step
+        """That of the latest forward."""
         with self._recorded():
             self.plain = self._outputs(None, None, pair)
         alone = self._outputs(None, None, single)
@@ -180,6 +182,7 @@ class _Trial:
         args, kwargs = trees.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         run, gradients = self.run, torch.set_grad_enabled(phase is not None)
         with forwards.own_random_numbers(run.model), rehearsal(run, phase, masks), gradients:
+            self._step = run.step
             output = run.model(*args, **kwargs)
         return [x if keep_graph else x.detach().clone() for x in trees.tensors(output)]
 
@@ -213,7 +216,11 @@ class _Trial:
                 loss = loss.to(x.device) + (part * weights.to(part)).sum()
         if not names or not loss.requires_grad:
             return {}
-        gradients = torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
+        step, run.step = run.step, self._step  # a checkpoint calls modules again, for that forward
+        try:
+            gradients = torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
+        finally:
+            run.step = step
         learning = [n for n, g in zip(names, gradients, strict=True) if g is not None and (g.nan_to_num(0) != 0).any()]
         owners = {name: [i for i in self.gated if name in run.branches[i].parameters] for name in learning}
         by_number = sorted(learning, key=lambda name: -len(owners[name]))  # what is shared says the least

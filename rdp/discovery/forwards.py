@@ -27,14 +27,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forwards in eval mode; training flags, attributes, buffers and random numbers are put back afterwards."""
     training = [(module, module.training) for module in model.modules()]
     # Of a sharded model, the parameters are others now and then, and somebody keeps count.
-    held = [(module, contents(module)) for module in model.modules()] if only_device(model) is not None else []
+    ordinary = only_device(model) is not None
+    held = [(module, contents(module)) for module in model.modules()] if ordinary else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     # The fused inference kernels of nn.TransformerEncoderLayer would hide the additions.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Compiled parts of the model run as they were written: what is called can be seen in them, too.
-        with own_random_numbers(model), same_buffers(model), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with own_random_numbers(model), same_buffers(model), same_followers(model, ordinary), eager:
             yield
     finally:
         for module, attributes in held:
@@ -86,6 +88,25 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for buffer, version, old in buffers:
             if buffer._version != version:
                 buffer.data.copy_(old)
+
+
+@contextmanager
+def same_followers(model: nn.Module, ordinary: bool) -> Iterator[None]:
+    """Parameters without gradients are put back afterwards: a forward may move those of a momentum encoder.
+
+    It has no more parameters than what it follows, so there is memory for copies: gradients will need as much.
+    """
+    still = [p for p in model.parameters() if ordinary and not p.requires_grad]
+    if sum(p.numel() for p in still) > sum(p.numel() for p in model.parameters() if p.requires_grad):
+        still = []
+    before = [(p, p.data, p.data.clone()) for p in still if not p.is_meta]
+    try:
+        yield
+    finally:
+        for parameter, data, old in before:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            data.copy_(old)
 
 
 @contextmanager
@@ -188,7 +209,8 @@ def observe(model: nn.Module, inputs: Inputs, modules: Collection[str]) -> dict[
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
-        run(model, inputs)
+        with same_followers(model, may_stop):
+            run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import warnings
 from typing import Any, ClassVar
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rdp
-from laws.architectures import BlockMLP, FoldedMLP, LoopMLP
+from laws.architectures import BlockMLP, FoldedMLP, LoopMLP, NestedMLP, Transformer
 from laws.training import identical
 
 PROVED = "proved on two rows of the input"
@@ -130,6 +132,52 @@ def test_sound_models_that_are_no_function_of_each_row_are_proved_too(architectu
     assert str(handle).endswith(PROVED)
     assert len(handle.branches) == 3
     assert not handle.refused
+
+
+@MODES
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("architecture", [BlockMLP, NestedMLP, Transformer])
+def test_what_checkpoints_run_again_is_proved_too(architecture: Any, use_reentrant: bool, mode: str) -> None:
+    torch.manual_seed(0)
+    given = {BlockMLP: (KINDS,), NestedMLP: ((True, False),), Transformer: ("pre_norm", 2)}[architecture]
+    model = architecture(*given)
+    for block in model.body:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=use_reentrant)
+    handle = rdp.attach(model, 0.5, mode=mode, decay="constant", example_inputs=model.rows(3, 0))
+    assert str(handle).endswith(PROVED)
+
+
+class Momentum(nn.Module):
+    """A momentum encoder that follows in each forward, as in MoCo."""
+
+    def __init__(self, encoder: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.encoder, self.momentum, self.in_place = encoder, copy.deepcopy(encoder).requires_grad_(False), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for follower, p in zip(self.momentum.parameters(), self.encoder.parameters(), strict=True):
+                if self.in_place:
+                    follower.lerp_(p, 0.1)
+                else:
+                    follower.data = follower.data.lerp(p, 0.1)
+            key = self.momentum(x)
+        return self.encoder(x) * key
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("architecture", [BlockMLP, FoldedMLP, LoopMLP])
+def test_a_momentum_encoder_stays_where_it_was(architecture: Any, in_place: bool) -> None:
+    torch.manual_seed(0)
+    encoder = architecture(KINDS if issubclass(architecture, BlockMLP) else 3)
+    model = Momentum(encoder, in_place)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(1)
+    before = [p.clone() for p in model.parameters()]
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=encoder.rows(3, 0))
+    handle.check(encoder.rows(3, 0))
+    assert identical([*model.parameters()], before)
 
 
 class Large(nn.Module):
