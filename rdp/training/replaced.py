@@ -75,7 +75,7 @@ class Places:
         if (
             children != self._children
             or not all(key in holder for holder, key in self._held)
-            or sum(map(len, self._hooked)) != self._hooks_there
+            or [*itertools.chain(*self._hooked)] != self._hooks_there
         ):
             self._follow()
 
@@ -100,7 +100,7 @@ class Places:
         self._objects = Objects({name: slot.holder.get(slot.key) for name, slot in self._slots.items()})
         self._held = [(self._slots[name].holder, self._slots[name].key) for name in inside]
         self._hooked = user_hooks.tables(self._modules)
-        self._hooks_there = sum(map(len, self._hooked))
+        self._hooks_there = [*itertools.chain(*self._hooked)]
 
     def _follow(self) -> None:
         run = self._run

@@ -42,6 +42,19 @@ def train(model: nn.Module, handle: rdp.ResidualDropPath, steps: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.arguments[0]))
+def test_one_that_takes_the_place_of_another_is_noticed(case):
+    model, seen = case.model(), []
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    other = model.head.register_forward_hook(lambda *_: None)
+    train(model, handle, 2)
+    other.remove()
+    for another in count_rows(model, handle, "register_forward_hook", seen)[:-1]:
+        another.remove()
+    train(model, handle, 4)
+    assert set(seen) == {6}
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.arguments[0]))
