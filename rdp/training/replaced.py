@@ -204,10 +204,11 @@ class Places:
         }
 
     def _adds(self, module: nn.Module | None) -> bool:
-        """Are there, in new modules, new parameters?"""
+        """Are there, in new modules, new parameters, or buffers, which may be a state?"""
         known = {id(module) for module in self._modules}
         new = [m for m in module.modules() if id(m) not in known] if module is not None else []
-        return any(self._objects.name(p) is None for m in new for p in m._parameters.values() if p is not None)
+        parameters = (p for m in new for p in m._parameters.values() if p is not None)
+        return any(self._objects.name(p) is None for p in parameters) or any(m._buffers for m in new)
 
     def _tell(self, lost: Sequence[str], unplaced: Sequence[str]) -> None:
         if lost:

@@ -237,3 +237,18 @@ def test_blocks_that_are_compiled_after_attach(mode):
         trained.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*trained)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: arch.BlockMLP(("plain", "scaled")), lambda: arch.LoopMLP(2), lambda: arch.FoldedMLP(2)]
+)
+def test_what_gets_a_state_runs_dense(make):
+    """Spectral normalisation moves its state on in every call, and a branch on rows is called twice in FREEZE."""
+    torch.manual_seed(0)
+    model = make()
+    handle = rdp.attach(model, 0.5, decay="constant", example_inputs=model.rows(3, 0))
+    assert {branch.compute for branch in handle.branches} == {"rows"}
+    for layer in layers(model):
+        parametrizations.spectral_norm(layer)
+    model(model.rows(3, 0)).sum().backward()
+    assert {branch.compute for branch in handle.branches} == {"dense"}
