@@ -68,7 +68,11 @@ def check(run: Run, refused: Sequence[Refusal], proof: Proof | None = None) -> C
         *_rows(run),
     )
     violations = (f"branch `{name}`: {why}" for name, why in (proof.violations if proof is not None else {}).items())
-    return Checkup(facts, (*violations, *(problem.text for problem in _problems(run, gated))))
+    idle = (
+        f"branch `{name}` runs without gradients in training, but takes part in the rates of the others; attach again"
+        for name in (proof.idle if proof is not None else ())
+    )
+    return Checkup(facts, (*violations, *idle, *(problem.text for problem in _problems(run, gated))))
 
 
 def warn_after_first_cycle(run: Run) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,6 +131,7 @@ def choose_branches(
     kwargs: Mapping[str, Any],
     dense: Mapping[str, str] | None = None,
     unsound: Mapping[str, str] | None = None,
+    idle: Collection[str] = (),
 ) -> Choice:
     """Find the branches from forwards of two rows and of one row of these inputs, and give them their rates.
 
@@ -142,6 +143,7 @@ def choose_branches(
         args, kwargs: Of a forward.
         dense: By name, branches that are not to run on some of the rows, and why.
         unsound: By name, branches that are not to be gated unless the user has named them, and why.
+        idle: Names of branches that run without gradients in training.
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
@@ -154,7 +156,7 @@ def choose_branches(
         for setting in silenced:
             restored.callback(setting.restore)
             setting.silence()
-        choice = _choose_branches(model, options, args, kwargs, dense or {}, unsound or {})
+        choice = _choose_branches(model, options, args, kwargs, dense or {}, unsound or {}, idle)
         restored.pop_all()
     return replace(choice, silenced=tuple(silenced))
 
@@ -166,6 +168,7 @@ def _choose_branches(
     kwargs: Mapping[str, Any],
     dense: Mapping[str, str],
     unsound: Mapping[str, str],
+    idle: Collection[str],
 ) -> Choice:
     by_row = options.mode == "row"
     # A model that is in eval mode as a whole does not say which of its parts will train.
@@ -193,6 +196,7 @@ def _choose_branches(
             for at, b in zip([places[id(c)] for c in chosen], found.branches(chosen), strict=True)
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
+        located = [replace(b, idle="without gradients") if b.name in idle else b for b in located]
         outer = {c.name for c in chosen if any(c.holds(other) for other in chosen)}
         plan = plan.without(dict.fromkeys(outer, "another branch lies inside it"))
         scattered = {b.name for b in located if any(gate.rows and gate.rows.outer > 1 for gate in b.gates)}

@@ -230,18 +230,20 @@ class ResidualDropPath:
         run, expected, silenced = self._run, self._run.expected, len(self._silenced)
         dense: dict[str, str] = {}
         unsound: dict[str, str] = {}
+        idle: set[str] = set()
         places: Places | None = None
         try:
             while True:
                 with torch.inference_mode(False), self.paused():
-                    choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound)
+                    choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound, idle)
                 self._silenced += choice.silenced
                 places = Places(run, choice.branches, choice.programs)
                 run.found(choice.branches)
                 self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
                 wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}
-                if not wrong:
+                if not wrong and idle.issuperset(self._proof.idle):
                     break
+                idle.update(self._proof.idle)
                 for name, why in wrong.items():
                     (dense if name in choice.programs else unsound)[name] = why
                 places.remove()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdp import trees
+from rdp import frames, trees
 from rdp.branches import RowAxis
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
@@ -42,10 +42,12 @@ class Proof:
     Attributes:
         violations: By name of the branch, what does not hold.
         missing: Why it was not made, or not to its end; "" if it was.
+        idle: Names of branches that take part in the rates, but whose calls in training all run without gradients.
     """
 
     violations: Mapping[str, str]
     missing: str = ""
+    idle: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"not proved: {self.missing}" if self.missing else "proved on two rows of the input"
@@ -123,9 +125,9 @@ class _Trial:
                 again = self._outputs(None, None, self.pair)
                 if not self._equal(again, self.plain):
                     return Proof({}, "the model gives different numbers for the same input")
-                names = {run.branches[index].name: why for index, why in violations.items()}
-                return Proof(names)
-        return Proof({})
+                return Proof({run.branches[index].name: why for index, why in violations.items()})
+        without = [i for i, calls in sorted(self.gradients.items()) if not any(calls) and i not in self.still]
+        return Proof({}, idle=tuple(run.branches[index].name for index in without))
 
     def _drop(self) -> dict[int, str]:
         """Laws 3 and 4, and law 2 in DROP: the branches that break one, with what is wrong."""
@@ -228,8 +230,17 @@ class _Trial:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Keep what the blocks of branches that do not train are given and return."""
+        """Keep what the blocks of branches that do not train are given and return, and who is called with gradients."""
         run = self.run
+        self.gradients: dict[int, list[bool]] = {}
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                comes = torch.is_grad_enabled() or any(map(frames.is_autograd_function, frames.callers()))
+                self.gradients.setdefault(index, []).append(comes)
+
+            return hook
+
         still = {run.branches[index].block for index in self.still}
 
         def keep(name: str) -> Callable[..., None]:
@@ -242,6 +253,9 @@ class _Trial:
 
         modules = [(name, run.model.get_submodule(name)) for name in sorted(still) if name]
         hooks = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in modules]
+        for index, branch in enumerate(run.branches):  # those of rate 0 count as well where rates grow with depth
+            for gate in branch.gates:
+                hooks.append(run.model.get_submodule(gate.module).register_forward_hook(note(index)))
         try:
             yield
         finally:

@@ -47,6 +47,12 @@ class Parts(nn.Module):
         if self.how == "no_grad":
             with torch.no_grad():
                 return self.first(x)
+        if self.how == "set_grad_enabled":
+            with torch.set_grad_enabled(False):
+                return self.first(x)
+        if self.how == "in training only":
+            with torch.set_grad_enabled(not self.training):
+                return self.first(x)
         if self.how == "decorated":
             return torch.no_grad()(self.first)(x)
         if self.how == "inference_mode":
@@ -111,7 +117,15 @@ def steps(model: Parts, handle: rdp.ResidualDropPath, number: int) -> Iterator[T
         optimizer.step()
 
 
-NOT_TRAINED = ["no_grad", "decorated", "inference_mode", "no_grad in reentrant", "reentrant in no_grad"]
+NOT_TRAINED = [
+    "no_grad",
+    "set_grad_enabled",
+    "in training only",
+    "decorated",
+    "inference_mode",
+    "no_grad in reentrant",
+    "reentrant in no_grad",
+]
 MODES = pytest.mark.parametrize("mode", ["row", "batch"])
 
 
