@@ -91,10 +91,10 @@ def warn_after_first_cycle(run: Run) -> bool:
 
 def _rows(run: Run) -> Iterator[str]:
     """On how many rows each gated branch has learnt."""
-    learnt = {phase: counts for phase, counts in run.watch.rows_learnt(run.frozen).items() if phase is not Phase.PLAIN}
+    learnt = {phase: counts for phase, counts in run.watch.learnt.items() if phase is not Phase.PLAIN}
     for index, branch in enumerate(run.branches if learnt else ()):
         if branch.rate > 0:
-            counts = (f"{int(rows[index])} of {total} in {phase.name}" for phase, (rows, total) in learnt.items())
+            counts = (f"{rows[index]} of {total} in {phase.name}" for phase, (rows, total) in learnt.items())
             yield f"rows that `{branch.name}` learnt on: {', '.join(counts)}"
 
 

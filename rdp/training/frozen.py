@@ -79,6 +79,13 @@ class Frozen:
             learning[inner] &= learning[around].any(0)
         return learning
 
+    def rows_learning(self, masks: Tensor, kept: Sequence[int], phase: Phase, plain: Collection[int]) -> Sequence[int]:
+        """On how many rows each gated branch learns; `kept` are the numbers of undropped rows, and see `learning`."""
+        if self._nested or plain:
+            counts: list[int] = self.learning(masks, phase, plain).sum(1).tolist()
+            return counts
+        return [masks.shape[1] - number for number in kept] if phase is Phase.FREEZE else kept
+
     def live_in_any(self, forwards: Sequence[Tensor]) -> Tensor:
         """What is live in one of several forwards, each as `live` tells; all, if there are no forwards."""
         return torch.stack([*forwards] or [torch.ones(len(self.by_branch), dtype=torch.bool, device="cpu")]).any(0)

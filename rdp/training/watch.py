@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 
 Seen = list[tuple[int, int] | None]
 """Of some parameters: which object it is, and how often it was written to; None for one that is not there any more."""
-
-
-_TOGETHER = 64
-"""Forwards."""
 
 
 class Watch:
@@ -41,8 +36,8 @@ class Watch:
         """The branches that are gated in compiled code, whose calls cannot be seen one by one."""
         self.known: frozenset[str] = frozenset()
         """Names of the parameters that there were when the branches were found."""
-        self._learnt: dict[Phase, tuple[Tensor, int]] = {}
-        self._uncounted: dict[tuple[Phase, tuple[int, ...]], list[Tensor]] = {}
+        self.learnt: dict[Phase, tuple[list[int], int]] = {}
+        """In each phase, on how many rows each gated branch has learnt, and of how many."""
         self.compared = self.differing = 0
         """FREEZE steps, and those of them that had another number of forwards than their DROP step."""
         self.moved: dict[str, int] = {}
@@ -86,28 +81,12 @@ class Watch:
         counted = [forward for forward in step.forwards if forward.used]
         self.empty += all(forward.spent for forward in step.forwards)
         for forward in counted:
-            key = step.phase, tuple(forward.plain)
-            masks = self._uncounted.setdefault(key, [])
-            masks.append(forward.masks)
-            if len(masks) == _TOGETHER:  # to count many at once costs as much as to count one
-                self._count(*key, masks, frozen)
+            before, rows = self.learnt.get(step.phase, ([0] * len(forward.kept), 0))
+            learnt = frozen.rows_learning(forward.masks, forward.kept, step.phase, forward.plain)
+            self.learnt[step.phase] = [a + b for a, b in zip(before, learnt, strict=True)], rows + forward.rows
         if step.phase is Phase.FREEZE and counted:
             self.compared += 1
             self.differing += len(counted) != len(step.replay)
-
-    def rows_learnt(self, frozen: Frozen) -> Mapping[Phase, tuple[Tensor, int]]:
-        """In each phase, on how many rows each branch has learnt, int64 `Tensor[branches]`, and of how many."""
-        for (phase, plain), masks in self._uncounted.items():
-            self._count(phase, plain, masks, frozen)
-        return self._learnt
-
-    def _count(self, phase: Phase, plain: tuple[int, ...], masks: list[Tensor], frozen: Frozen) -> None:
-        if masks:
-            together = torch.cat(masks, 1)
-            masks.clear()
-            before, rows = self._learnt.get(phase, (0, 0))
-            learnt = frozen.learning(together, phase, plain).sum(1)
-            self._learnt[phase] = before + learnt, rows + together.shape[1]
 
     def forget(self) -> None:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""

@@ -429,7 +429,8 @@ def test_what_only_draws_random_numbers_drops_no_paths(make: Callable[[], nn.Mod
     x = features() if make is not QUIET["transformer"] else torch.randn(ROWS, 5, WIDTH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert rdp.attach(make().train(), 0.3, example_inputs=x).branches
+        # Without the proof: of experts that are drawn it sees those of one draw, and refuses what others make unsound.
+        assert rdp.attach(make().train(), 0.3, example_inputs=x, verify=False).branches
 
 
 @pytest.mark.parametrize("family", ["Wav2Vec2", "Hubert", "WavLM"])
