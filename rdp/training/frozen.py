@@ -92,6 +92,8 @@ class Frozen:
 
     def parameters(self, live: Tensor) -> frozenset[int]:
         """The ids of the parameters that must not move in a step in which these branches are live."""
+        if bool(live.all()):
+            return frozenset()  # as in most steps of row mode
         ids = [{id(p) for slot in group if (p := slot.holder.get(slot.key)) is not None} for group in self.by_branch]
         moving = set().union(*(group for alive, group in zip(live.tolist(), ids, strict=True) if alive))
         return frozenset(set().union(*ids) - moving)

@@ -101,7 +101,9 @@ class EntryHook(RunHook):
             return None
         self.on_rows.passing = None  # what an interrupted forward has left behind
         forward = current_forward(self.run)
-        if forward is None or forward.phase is Phase.PLAIN or is_plain(forward, self.branch):
+        if forward is None or forward.phase is Phase.PLAIN:
+            return None
+        if (forward.plain or not torch.is_grad_enabled()) and is_plain(forward, self.branch):
             return None
         freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
         kept, rows = forward.kept[self.branch], forward.rows
@@ -163,7 +165,7 @@ class GateHook(RunHook):
         if forward.phase not in run.gated_phases:
             return None
         entered = on_rows is not None and on_rows.passing is not None
-        if not entered and is_plain(forward, self.branch):
+        if not entered and (forward.plain or not torch.is_grad_enabled()) and is_plain(forward, self.branch):
             return None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         if run.options.mode == "row" and hasattr(x, "_local_tensor"):
