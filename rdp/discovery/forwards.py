@@ -49,8 +49,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Every attribute with a copy of it, where it is a container that a forward may fill: a cache, say."""
+    # Most containers are the empty ones of hooks, which take a while to copy.
     return {
-        name: (value, copy.copy(value) if type(value) in _CONTAINERS else None) for name, value in vars(module).items()
+        name: (value, (copy.copy(value) if value else ()) if type(value) in _CONTAINERS else None)
+        for name, value in vars(module).items()
     }
 
 
@@ -61,7 +63,7 @@ def put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
         del attributes[name]
     for name, (value, items) in contents.items():
         attributes[name] = value
-        if items is not None:
+        if items is not None and (items or value):
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(items)
 

@@ -261,4 +261,7 @@ def _local(tensor: Tensor) -> Tensor | None:
 
 def _version(tensor: Tensor) -> int:
     """How often it was written to; those made in inference mode do not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
