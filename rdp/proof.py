@@ -132,7 +132,7 @@ class _Trial:
     def _drop(self) -> dict[int, str]:
         """Laws 3 and 4, and law 2 in DROP: the branches that break one, with what is wrong."""
         masks = self._masks()
-        masks[:, 0] = torch.rand(len(masks), generator=torch.Generator().manual_seed(0)) < 0.5
+        masks[:, 0] = torch.rand(len(masks), generator=_generator(0), device="cpu") < 0.5
         masks[self.still, 0] = False
         if not self.apart:
             masks[:, 1] = masks[:, 0]
@@ -205,7 +205,7 @@ class _Trial:
 
     def _learn_all_the_same(self, outputs: list[Tensor], masks: Tensor, phase: Phase, row: int) -> dict[int, str]:
         """Law 2, for a loss made of one row, or of all if these cannot be told apart: what breaks it."""
-        run, loss = self.run, torch.zeros(())
+        run, loss = self.run, torch.zeros((), device="cpu")
         if self.apart:
             masks = masks[:, row : row + 1]
         live = run.frozen.live(masks, phase, self.still)
@@ -214,7 +214,7 @@ class _Trial:
         for x, axis in zip(outputs, self.rows, strict=True):
             if x.requires_grad and (axis is not None or not self.apart):
                 part = x if axis is None or not self.apart else row_of_two(x, axis, row)
-                weights = torch.randn(part.shape, generator=torch.Generator().manual_seed(1))
+                weights = torch.randn(part.shape, generator=_generator(1), device="cpu")
                 loss = loss.to(x.device) + (part * weights.to(part)).sum()
         if not names or not loss.requires_grad:
             return {}
@@ -280,6 +280,10 @@ def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[i
     middle = len(suspects) // 2
     halves = [half for half in (suspects[:middle], suspects[middle:]) if not holds(half)]
     return [index for half in halves for index in _culprits(half, holds)] or suspects
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)  # whatever the default device is
 
 
 def _itself(x: Any) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import torch
 from torch import Tensor, nn
 
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
-from rdp.discovery.weightless import on_meta, weightless
+from rdp.discovery.weightless import ways_to_run
 from rdp.phases import Phase
 from rdp.training.first_cycle import FirstCycle
 from rdp.training.run import Run
@@ -55,12 +54,12 @@ def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[N
 
 
 def operations(run: Run, inputs: Inputs) -> float:
-    """Floating point operations of a plain forward; 0 where they cannot be counted without numbers."""
+    """Floating point operations of a plain forward of two rows, counted without numbers if that can be."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which is not for everybody
 
-    with suppress(Exception), weightless(run.model), rehearsal(run, None, None), torch.no_grad():
-        args, kwargs = on_meta(inputs)
-        with FlopCounterMode(display=False) as counter:
-            run.model(*args, **kwargs)
-        return float(counter.get_total_flops())
-    return 0.0
+    for place, given in ways_to_run(run.model, inputs, shortcuts=False):
+        with suppress(Exception), place, forwards.own_random_numbers(run.model), rehearsal(run, None, None):
+            with FlopCounterMode(display=False) as counter:
+                forwards.run(run.model, given)
+            return float(counter.get_total_flops())
+    return 0.0  # as no forward comes to its end, the proof will not either

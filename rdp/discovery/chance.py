@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from rdp import trees
 from rdp.discovery import forwards, ops
 from rdp.discovery.forwards import Inputs, as_in_training, generators, own_generators
 from rdp.discovery.trace import Arguments, Trace
-from rdp.discovery.weightless import left_alone, on_meta, weightless
+from rdp.discovery.weightless import ways_to_run
 
 _ALMOST_0, _ALMOST_1 = 1e-7, 1 - 1e-7
 """Low and high; not 0 itself, since `rand() > p` is true for a p of 0 but at that one number."""
@@ -34,7 +34,7 @@ _REST = (0x92CDB9B7,) * 12 + tuple(range(1, 13))
 def draws_numbers(model: nn.Module, inputs: Inputs) -> bool:
     """Does a forward as in training draw random numbers, besides those of dropout? Within `forwards.undisturbed`."""
     watch, ended = Watch(), False
-    for place, given in _places(model, inputs):
+    for place, given in ways_to_run(model, inputs):
         with suppress(Exception), place, as_in_training(model), watch:
             before = generators()
             try:
@@ -49,7 +49,7 @@ def draws_numbers(model: nn.Module, inputs: Inputs) -> bool:
 
 def chance_trace(model: nn.Module, inputs: Inputs, high: bool) -> ChanceTrace | None:
     """A forward as in training with all draws low, or high; None if none comes to its end."""
-    for place, given in _places(model, inputs):
+    for place, given in ways_to_run(model, inputs):
         with suppress(Exception), place, as_in_training(model), forced(high):
             trace = ChanceTrace(model, high)
             trace.run(*given)
@@ -64,14 +64,6 @@ def forced(high: bool) -> Iterator[None]:
     with own_generators(), _Forced(high):
         _force_generators(high)
         yield
-
-
-def _places(model: nn.Module, inputs: Inputs) -> Iterator[tuple[AbstractContextManager[None], Inputs]]:
-    """On `meta` if that can be, and with numbers; and what to call the model with there."""
-    if forwards.only_device(model) is not None:
-        with suppress(ValueError):
-            yield weightless(model), on_meta(inputs)
-    yield left_alone(model), forwards.take_rows(inputs, 2)
 
 
 class ChanceTrace(Trace):

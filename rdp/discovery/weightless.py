@@ -6,7 +6,7 @@ Functions and shapes are all that a trace records. On `meta` they cost next to n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rdp import trees
-from rdp.discovery.forwards import Inputs, contents, put_back
+from rdp.discovery.forwards import Inputs, contents, only_device, put_back, take_rows
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -30,11 +30,26 @@ def on_meta(inputs: Inputs) -> Inputs:
     return moved
 
 
+def ways_to_run(
+    model: nn.Module, inputs: Inputs, shortcuts: bool = True
+) -> Iterator[tuple[AbstractContextManager[None], Inputs]]:
+    """On `meta` if that can be, and with the numbers of two rows; and what to call the model with there."""
+    if only_device(model) is not None:
+        with suppress(ValueError):
+            yield weightless(model, shortcuts), on_meta(inputs)
+    yield left_alone(model), take_rows(inputs, 2)
+
+
 @contextmanager
-def weightless(model: nn.Module) -> Iterator[None]:
-    """Hold parameters and buffers on `meta`, and take back whatever forwards leave in the modules."""
+def weightless(model: nn.Module, shortcuts: bool = True) -> Iterator[None]:
+    """Hold parameters and buffers on `meta`, and take back whatever forwards leave in the modules.
+
+    Args:
+        model: The model.
+        shortcuts: Do not call some functions whose shapes are known; who counts operations needs them called.
+    """
     stand_ins: dict[int, Tensor] = {}  # shared tensors stay shared
-    with left_alone(model), _Shapes():
+    with left_alone(model), _Shapes() if shortcuts else nullcontext():
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

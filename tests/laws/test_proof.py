@@ -237,3 +237,36 @@ def test_a_model_that_gives_other_numbers_each_time_is_not_accused() -> None:
         warnings.simplefilter("error", rdp.RdpWarning)
         handle = rdp.attach(model, 0.5, example_inputs=model.rows(2, 0))
     assert str(handle).endswith("not proved: the model gives different numbers for the same input")
+
+
+@MODES
+def test_the_default_device_is_of_no_account(mode: str) -> None:
+    model = BlockMLP(KINDS)
+    x = model.rows(2, 0)
+    with torch.device("meta"):
+        handle = rdp.attach(model, 0.5, mode=mode, example_inputs=x)
+    assert str(handle).endswith(PROVED)
+
+
+class Costly(nn.Module):
+    """Takes 1.3e11 operations for two rows."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(2048, 2048), nn.Linear(2048, 2048)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and not x.isfinite().all():  # which cannot be told without numbers
+            return x
+        x = x + self.f(x)
+        return x + self.g(x)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_budget_is_kept_also_where_operations_are_counted_with_numbers(asks: bool) -> None:
+    model, x = Costly(asks), torch.randn(2, 1, 2048)
+    with rdp.attach(model, 0.5, example_inputs=x) as handle:
+        assert str(handle).endswith(PROVED)
+    with rdp.attach(model, 0.5, example_inputs=x.expand(2, 4000, 2048).contiguous()) as handle:
+        assert str(handle).splitlines()[-1].startswith("not proved: two rows take 1.3e+11 operations")
