@@ -34,7 +34,7 @@ class FirstCycle:
         self.over = False
         self.examine: Callable[[], bool] = bool
         self.around: dict[str, int] = {}
-        self._walked: set[tuple[Phase, int]] = set()
+        self._walked: dict[Phase, set[int]] = {}
         self._again = False
         self._steps = 0
         self._end: int | None = None
@@ -51,13 +51,14 @@ class FirstCycle:
         if run.several or run.watch.traced or run.options.freeze == "params":
             return
         # Each branch once in each phase, which may be after the first cycle, and never in row mode with many rows.
-        if _dead(forward.phase, forward.live) <= self._walked:
+        walked = self._walked.setdefault(forward.phase, set())
+        if len(walked) == len(run.branches) or _dead(forward.live) <= walked:
             return
         # A branch inside another is in the graph also where no row learns through both: a gradient of zeros.
         freeze = forward.phase is Phase.FREEZE
         learning = forward.masks.all(1, keepdim=True) if freeze else forward.masks.any(1, keepdim=True)
         in_graph = run.frozen.live(learning, forward.phase, forward.plain)
-        self._walked |= _dead(forward.phase, in_graph)
+        walked |= _dead(in_graph)
         if found := run.frozen.parameters(in_graph) & _leaves(outputs):
             names = [name for name, p in run.model.named_parameters() if id(p) in found]
             self.around |= dict.fromkeys(names, run.step.number)
@@ -95,8 +96,8 @@ class FirstCycle:
         return found
 
 
-def _dead(phase: Phase, live: Tensor) -> set[tuple[Phase, int]]:
-    return {(phase, branch) for branch, alive in enumerate(live.tolist()) if not alive}
+def _dead(live: Tensor) -> set[int]:
+    return {branch for branch, alive in enumerate(live.tolist()) if not alive}
 
 
 def _form(inputs: object) -> Form:

@@ -6,6 +6,7 @@ branches only, and none of them is live.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,9 @@ class Frozen:
     """
 
     def __init__(self, branches: Sequence[Branch], places: Mapping[str, Slot]) -> None:
-        self.by_branch = [[places[name] for name in branch.parameters] for branch in branches]
+        owned = [(index, places[name]) for index, branch in enumerate(branches) for name in branch.parameters]
+        self._holders, self._keys = [slot.holder for _, slot in owned], [slot.key for _, slot in owned]
+        self._owners = torch.tensor([index for index, _ in owned], dtype=torch.long, device="cpu")
         self._ungated = torch.tensor([branch.rate == 0 for branch in branches], dtype=torch.bool, device="cpu")
 
         def depth(index: int) -> int:
@@ -88,20 +91,24 @@ class Frozen:
 
     def live_in_any(self, forwards: Sequence[Tensor]) -> Tensor:
         """What is live in one of several forwards, each as `live` tells; all, if there are no forwards."""
-        return torch.stack([*forwards] or [torch.ones(len(self.by_branch), dtype=torch.bool, device="cpu")]).any(0)
+        if len(forwards) == 1:
+            return forwards[0]
+        return torch.stack([*forwards] or [torch.ones_like(self._ungated)]).any(0)
 
     def parameters(self, live: Tensor) -> frozenset[int]:
         """The ids of the parameters that must not move in a step in which these branches are live."""
         if bool(live.all()):
             return frozenset()  # as in most steps of row mode
-        ids = [{id(p) for slot in group if (p := slot.holder.get(slot.key)) is not None} for group in self.by_branch]
-        moving = set().union(*(group for alive, group in zip(live.tolist(), ids, strict=True) if alive))
-        return frozenset(set().union(*ids) - moving)
+        ids = [*map(id, self._present())]
+        moving = set(itertools.compress(ids, live[self._owners].tolist()))
+        return frozenset(ids) - moving - {id(None)}
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters of all branches that are trained."""
-        present = (slot.holder.get(slot.key) for group in self.by_branch for slot in group)
-        return [p for p in present if p is not None and p.requires_grad]
+        return [p for p in self._present() if p is not None and p.requires_grad]
+
+    def _present(self) -> list[nn.Parameter | None]:
+        return [*map(dict.get, self._holders, self._keys)]
 
 
 class Probes:

@@ -42,11 +42,11 @@ class Keeper:
         examined = self._steps < _EXAMINED
         self._steps += bool(parameters)
         if not (examined or self.moves_all):
-            return Kept(self, {id(p): p._version for p in parameters}, [], certain=False)
+            return Kept(self, parameters, [], certain=False)
         # LBFGS keeps the state of all parameters at the first, so it is not the state of any.
         state = {} if isinstance(self._optimizer, LBFGS) else self._optimizer.state
         copies = [Copy(p, state) for p in parameters]
-        return Kept(self, {id(p): p._version for p in parameters}, copies, certain=self.moves_all)
+        return Kept(self, parameters, copies, certain=self.moves_all)
 
 
 class Kept:
@@ -54,7 +54,7 @@ class Kept:
 
     Args:
         keeper: To be told if the optimizer moves them.
-        versions: Of the parameters, by id.
+        parameters: What is frozen.
         copies: Of the parameters and their state, where the optimizer may move them.
         certain: Is it known to do so?
 
@@ -62,28 +62,25 @@ class Kept:
         touched: Were frozen ones written to?
     """
 
-    def __init__(self, keeper: Keeper, versions: dict[int, int], copies: list[Copy], certain: bool) -> None:
+    def __init__(self, keeper: Keeper, parameters: Iterable[Tensor], copies: list[Copy], certain: bool) -> None:
         self.touched = False
         self._keeper = keeper
-        self._versions = versions
+        self._versions = [(p, p._version) for p in parameters]
         self._copies = copies
         self._certain = certain
 
-    @torch.no_grad()
     def put_back(self, frozen: Collection[int]) -> None:
         """Let the parameters with these ids, and their state, be as they were."""
-        for copy in self._copies:
-            if id(copy.parameter) in frozen and (
-                self._certain or copy.parameter._version != self._versions[id(copy.parameter)] or copy.differs()
-            ):
+        for copy, (parameter, version) in zip(self._copies, self._versions, strict=False):
+            if id(parameter) in frozen and (self._certain or parameter._version != version or copy.differs()):
                 copy.put_back()
                 self.touched = self._keeper.moves_all = True
 
-    def lost(self, parameters: Iterable[Tensor]) -> int:
-        """How many of these, of which there are no copies, were written to; in the next step they are kept."""
+    def lost(self, frozen: Collection[int]) -> int:
+        """How many parameters with these ids were written to that there are no copies of; from now on there are."""
         if self._copies:
             return 0
-        moved = sum(p._version != self._versions.get(id(p), p._version) for p in parameters)
+        moved = sum(parameter._version != version and id(parameter) in frozen for parameter, version in self._versions)
         self._keeper.moves_all |= moved > 0
         return moved
 
@@ -113,6 +110,7 @@ class Copy:
             or not all(_same_bits(x, old) for x, old in self._tensors)
         )
 
+    @torch.no_grad()
     def put_back(self) -> None:
         """Undo all changes."""
         for tensor, old in self._tensors:

@@ -178,7 +178,7 @@ class MaskedOptimizer(Optimizer):
     def _stepped(self, frozen: frozenset[int], kept: Kept) -> None:
         """The wrapped optimizer has stepped, with these parameters frozen."""
         run = self._run
-        if frozen and (moved := kept.lost(p for p in self.parameters() if id(p) in frozen)):
+        if moved := kept.lost(frozen):
             run.watch.warn(
                 "moves",
                 f"this {type(self.optimizer).__name__} has written to {moved} frozen parameters, which have no "

@@ -8,6 +8,7 @@ it is looked again where gates and frozen parameters are. What cannot be followe
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class Places:
         children = [child for table in self._tables for child in table.values()]
         if (
             children != self._children
-            or not all(key in holder for holder, key in self._held)
+            or not all(map(operator.contains, *self._held))
             or [*itertools.chain(*self._hooked)] != self._hooks_there
         ):
             self._follow()
@@ -98,7 +99,8 @@ class Places:
         # A branch that was taken out of the model keeps its parameters: it may be put in again.
         self._slots = {name: self._slots[name] for name in inside if name not in now} | now
         self._objects = Objects({name: slot.holder.get(slot.key) for name, slot in self._slots.items()})
-        self._held = [(self._slots[name].holder, self._slots[name].key) for name in inside]
+        held = [self._slots[name] for name in inside]
+        self._held = [slot.holder for slot in held], [slot.key for slot in held]
         self._hooked = user_hooks.tables(self._modules)
         self._hooks_there = [*itertools.chain(*self._hooked)]
 

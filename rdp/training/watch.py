@@ -16,8 +16,9 @@ from rdp.training.frozen import Frozen, Slot
 if TYPE_CHECKING:
     from rdp.training.step import Step
 
-Seen = list[tuple[int, int] | None]
-"""Of some parameters: which object it is, and how often it was written to; None for one that is not there any more."""
+Seen = tuple[list[int], list[int]]
+"""Of some parameters: which objects they are, and how often each was written to."""
+_GONE = id(None)
 
 
 class Watch:
@@ -64,10 +65,10 @@ class Watch:
         there = [slot.holder.get(slot.key) for slot in self.watched]
         seen = _seen(there)
         if self._seen is not None and seen != self._seen:
-            pairs = zip(there, self._seen, seen, strict=True)
-            if not all(isinstance(p, nn.Parameter) for p, old, new in pairs if old and new and old[0] != new[0]):
+            others = () if seen[0] == self._seen[0] else zip(there, self._seen[0], seen[0], strict=True)
+            if not all(isinstance(p, nn.Parameter) for p, old, new in others if _other(old, new)):
                 return  # torch.func.functional_call runs the model on other tensors, which tells nothing of these
-            self._look(seen, phase, step, in_step)
+            self._look(self._seen, seen, phase, step, in_step)
         self._first = self._first or seen
         self._seen, self._announced, self._frozen = seen, False, frozenset()
 
@@ -135,14 +136,20 @@ class Watch:
 
     def moving(self) -> set[str]:
         """Names of the watched parameters that have changed since the first forward."""
+        if self._first is None:
+            return set()
         now = _seen([slot.holder.get(slot.key) for slot in self.watched])
-        pairs = zip(self.watched, self._first or (), now, strict=False)
+        pairs = zip(self.watched, zip(*self._first, strict=True), zip(*now, strict=True), strict=True)
         return {slot.name for slot, old, new in pairs if old != new}
 
-    def _look(self, seen: Seen, phase: Phase, step: int, in_step: bool) -> None:
-        pairs = zip(self.watched, self._seen or (), seen, strict=True)
+    def _look(self, before: Seen, seen: Seen, phase: Phase, step: int, in_step: bool) -> None:
+        if self._announced and not self._frozen:
+            return
+        each = zip(self.watched, *before, *seen, strict=True)
         # One that is another object was replaced, by FSDP or by a user, who builds an optimizer of it.
-        changed = [slot for slot, old, new in pairs if old != new and not (old and new and old[0] != new[0])]
+        changed = [
+            slot for slot, old, written, new, now in each if (old, written) != (new, now) and not _other(old, new)
+        ]
         if self._announced:
             self.moved |= {slot.name: step - 1 for slot in changed if id(slot.holder.get(slot.key)) in self._frozen}
         elif changed and not in_step:
@@ -159,4 +166,9 @@ class Watch:
 
 
 def _seen(there: Sequence[Tensor | None]) -> Seen:
-    return [None if p is None else (id(p), p._version) for p in there]
+    return [*map(id, there)], [-1 if p is None else p._version for p in there]
+
+
+def _other(old: int, new: int) -> bool:
+    """Is it another object, in place of one that was there?"""
+    return old != new and _GONE not in (old, new)
