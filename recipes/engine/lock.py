@@ -2,7 +2,8 @@
 
 with claim(Path("results/.../seed-0")) as held:
     ...
-    held.check()  # before writing: is it still our folder?
+    with held.writing():  # is it still our folder?
+        ...
 """
 
 from __future__ import annotations
@@ -31,6 +32,20 @@ class Claim:
 
     folder: Path
     descriptor: int | None  # of the locked file; None where the file system has no locks
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write into the folder, if it is ours before; and if that fails, tell whether it still was.
+
+        Raises:
+            RunError: it was removed, or replaced by another one.
+        """
+        self.check()
+        try:
+            yield
+        except (RunError, OSError):
+            self.check()
+            raise
 
     def check(self) -> None:
         """Look whether the folder is still there, and still ours.

@@ -135,8 +135,8 @@ def _train(
         _require_finite("training", float(world.sum(state.loss_sum)), state.epoch)
         content = state.state_dict() | {"history": records.history, "config": config.identity(), "data": data}
         if claimed is not None:
-            claimed.check()
-            checkpoint.save(folder / "checkpoints", content, state.epoch, state.step)
+            with claimed.writing():
+                checkpoint.save(folder / "checkpoints", content, state.epoch, state.step)
 
     with records, Interrupts(config.checkpoint_minutes, world) as interrupts:
 
