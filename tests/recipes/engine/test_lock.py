@@ -69,13 +69,19 @@ def test_a_folder_that_was_removed_or_replaced_is_not_ours_any_more(again: bool,
 @pytest.mark.parametrize("error", [RunError("no such file"), FileNotFoundError()])
 def test_a_folder_that_is_removed_in_the_midst_of_writing_is_told_as_such(error: Exception, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with claim(folder) as held:
-        with pytest.raises(type(error)) as full, held.writing():
-            raise error  # of the machine: the folder is there
-        assert full.value is error
-        with pytest.raises(RunError, match=f"{folder} was removed or replaced while the run went on"), held.writing():
-            shutil.rmtree(folder)
+
+    def write(removed: bool) -> None:
+        with held.writing():
+            if removed:
+                shutil.rmtree(folder)
             raise error
+
+    with claim(folder) as held:
+        with pytest.raises(type(error)) as of_the_machine:
+            write(removed=False)
+        assert of_the_machine.value is error
+        with pytest.raises(RunError, match=f"{folder} was removed or replaced while the run went on"):
+            write(removed=True)
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
