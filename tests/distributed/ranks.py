@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forkserver
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 SILENCE = datetime.timedelta(seconds=20)
 """How long a rank waits for another; the others' part of a collective takes milliseconds."""
-
-PRELOADED = [
-    "distributed.alone",
-    "pytest",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-]
-"""What takes seconds to import, `torch._dynamo` with the first optimizer step."""
 
 
 def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60) -> list[Any]:
@@ -42,9 +31,7 @@ def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 6
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first rank that raised.
         AssertionError: If a rank hangs.
     """
-    # Forked from a server that has imported torch, a process starts in milliseconds instead of seconds.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the server imports as pytest does
+    forkserver.context()
     with tempfile.TemporaryDirectory() as folder:
         processes = torch.multiprocessing.start_processes(
             _rank, (ranks, folder, function, args), ranks, join=False, start_method="forkserver"
