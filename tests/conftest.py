@@ -1,7 +1,12 @@
-"""Hypothesis profiles, chosen by the environment variable `HYPOTHESIS_PROFILE`; two threads at most per process."""
+"""Hypothesis profiles, chosen by `HYPOTHESIS_PROFILE`; one thread per process; what coverage is measured on."""
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -17,5 +22,23 @@ settings.register_profile("thorough", common, max_examples=2000)
 # For mutation testing, where a failing example need not be made smaller.
 settings.register_profile("mutation", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Measuring coverage makes Python 1.7 times as slow, and these run the same lines often, or others than rdp's.
+TESTS = Path(__file__).parent
+UNMEASURED = {"integrations", "laws", "recipes", "test_fuzz.py", "test_zoo.py", "tools"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    coverage = sys.modules.get("coverage")
+    measured = coverage and coverage.Coverage.current()
+    if not measured or UNMEASURED.isdisjoint(item.path.relative_to(TESTS).parts):
+        return (yield)
+    measured.stop()
+    try:
+        return (yield)
+    finally:
+        measured.start()
+
 
 torch.set_num_threads(1)  # the models of the laws are tiny: threads only cost
