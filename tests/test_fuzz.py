@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -117,6 +118,13 @@ def trained(model: torch.nn.Module, sampling: str) -> rdp.ResidualDropPath:
     return handle
 
 
+@functools.cache
+def shared(sampling: str) -> tuple[torch.nn.Module, rdp.ResidualDropPath]:
+    """The same for every state that is refused: it must not have changed."""
+    model = CASE.model()
+    return model, trained(model, sampling)
+
+
 STATES = {sampling: trained(CASE.model(), sampling).state_dict() for sampling in ("bernoulli", "fixed")}
 MISSING = object()
 STRANGE = st.one_of(
@@ -157,8 +165,11 @@ def test_every_value_of_a_state_may_be_damaged_anywhere(key, sampling, found, da
         state.pop(key, None)
     else:
         state[key] = with_change(state.get(key), path, new)
-    model = CASE.model()
-    handle = trained(model, sampling) if found else CASE.attach(model, sampling=sampling)
+    if found:
+        model, handle = shared(sampling)
+    else:
+        model = CASE.model()
+        handle = CASE.attach(model, sampling=sampling)
     before, frozen, masks = copy.deepcopy(handle.state_dict()), handle.frozen, handle.masks.tolist()
     try:
         handle.load_state_dict(state)
@@ -169,6 +180,7 @@ def test_every_value_of_a_state_may_be_damaged_anywhere(key, sampling, found, da
         assert identical(handle.state_dict(), before)
         assert (handle.frozen, handle.masks.tolist()) == (frozen, masks)
     else:
+        shared.cache_clear()
         model.zero_grad()
         try:
             model(model.rows(3, 5)).sum().backward()
@@ -199,8 +211,7 @@ def test_every_value_of_a_state_may_be_damaged_anywhere(key, sampling, found, da
 @pytest.mark.parametrize("nested", [False, True])
 def test_no_damage_is_any_other_error(key, value, nested):
     """Values at the bounds of what is sound, in every place."""
-    model = CASE.model()
-    handle = trained(model, "bernoulli")
+    _, handle = shared("bernoulli")
     before = copy.deepcopy(handle.state_dict())
     for path in paths(before[key])[nested:]:
         try:
@@ -214,7 +225,7 @@ def test_no_damage_is_any_other_error(key, value, nested):
 @given(ANYTHING)
 @example({})
 def test_load_state_dict_of_no_state(value):
-    handle = trained(CASE.model(), "bernoulli")
+    _, handle = shared("bernoulli")
     before = copy.deepcopy(handle.state_dict())
     with pytest.raises(rdp.StateError, match="no state of a ResidualDropPath handle"):
         handle.load_state_dict(value)
