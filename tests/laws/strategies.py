@@ -16,6 +16,7 @@ from torch import Tensor
 import rdp
 from laws import architectures as arch
 from laws.oracle import branch_rates, branches_of_parameters, live_parameters, oracle_forward
+from laws.training import seed
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Case:
     seed: int = 0
 
     def model(self) -> arch.Architecture:
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with torch.random.fork_rng(devices=[]):
+            seed(self.seed)
             return self.architecture(*self.arguments).to(self.dtype).train()
 
     def attach(self, model: torch.nn.Module, **changes: Any) -> rdp.ResidualDropPath:

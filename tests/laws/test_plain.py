@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rdp
 from laws.strategies import batch_sizes, cases
 from laws.test_frozen import OPTIMIZERS, optimize
-from laws.training import anatomy, identical, loss, snapshot
+from laws.training import anatomy, identical, loss, seed, snapshot
 
 
 @given(
@@ -29,7 +29,7 @@ def test_rate_zero_trains_bit_identically_to_no_rdp(case, optimizer, steps, set_
         (plain, o := optimize(plain, *optimizer), o),
         (model, handle.wrap(inner), inner),
     ):
-        torch.manual_seed(case.seed)
+        seed(case.seed)
         outputs = []
         for sizes in steps:
             for size in sizes:
@@ -74,7 +74,7 @@ def test_a_plain_phase_and_a_paused_forward_are_the_plain_network(case, sizes):
 
 
 def _output_and_gradient(model: torch.nn.Module, x: torch.Tensor) -> tuple:
-    torch.manual_seed(5)
+    seed(5)
     model.zero_grad()
     output = model(x.requires_grad_())
     loss(output).backward()
