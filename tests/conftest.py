@@ -42,3 +42,4 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 
 
 torch.set_num_threads(1)  # the models of the laws are tiny: threads only cost
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, which are as many as there are workers or more
