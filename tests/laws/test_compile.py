@@ -172,8 +172,8 @@ def test_compiled_modules_inside_of_branches_run_on_rows_with_one_graph_for_each
 LINEAR = [
     pytest.param(Case(BlockMLP, (("plain",) * 3,), rate=0.8, seed=3), id="mlp"),
     pytest.param(Case(BlockMLP, (("norm",) * 3,), rate=0.8, mode="batch", seed=4), id="mlp-batch"),
-    pytest.param(Case(ConvNet, ("basic", (1, 1, 1)), rate=0.8, seed=3), id="conv"),
-    pytest.param(Case(Transformer, ("pre_norm", 3), rate=0.8, seed=3), id="transformer"),
+    pytest.param(Case(ConvNet, ("basic", (1, 1)), rate=0.8, seed=3), id="conv"),
+    pytest.param(Case(Transformer, ("pre_norm", 2), rate=0.8, seed=3), id="transformer"),
 ]
 """With rates that grow from 0: the first block has no hook, and is otherwise as the others are."""
 
