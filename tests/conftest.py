@@ -23,16 +23,17 @@ settings.register_profile("thorough", common, max_examples=2000)
 settings.register_profile("mutation", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Measuring coverage makes Python 1.7 times as slow, and these run the same lines often, or others than rdp's.
 TESTS = Path(__file__).parent
-UNMEASURED = {"integrations", "laws", "recipes", "test_fuzz.py", "test_zoo.py", "tools"}
+# Coverage makes Python 1.7 times as slow. These run the same lines often, as drawn laws do, or others than rdp's.
+UNMEASURED = {"integrations", "recipes", "test_compile.py", "test_fuzz.py", "test_zoo.py", "tools"}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    parts = set(item.path.relative_to(TESTS).parts)
     coverage = sys.modules.get("coverage")
     measured = coverage and coverage.Coverage.current()
-    if not measured or UNMEASURED.isdisjoint(item.path.relative_to(TESTS).parts):
+    if not measured or not (UNMEASURED & parts or ("laws" in parts and item.get_closest_marker("hypothesis"))):
         return (yield)
     measured.stop()
     try:
