@@ -1,8 +1,8 @@
 """Which rows are dropped: pure functions of counters, so that a mask can be drawn again anywhere, at any time.
 
-The generator is Philox4x32-10, a counter-based one: random number i is a hash of i and a key. Nothing is consumed,
-the global RNG is never touched, and FREEZE, a recomputed activation checkpoint, a resumed run or another rank get the
-same mask by asking for the same counters.
+The generator is SplitMix64, of which number i is a hash of the seed and of i. Nothing is consumed, the global RNG is
+never touched, and FREEZE, a recomputed activation checkpoint, a resumed run or another rank get the same mask by asking
+for the same numbers. Rates take no part in these: a row is dropped if its number is small enough.
 """
 
 from __future__ import annotations
@@ -12,40 +12,55 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Mode = Literal["row", "batch"]
 Decay = Literal["linear", "constant"]
 Sampling = Literal["bernoulli", "fixed"]
 
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_CACHED_WORDS = 2**16
+_WORD = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+"""Of the hash, a shift and a multiplier each: Stafford's variant 13 of the finaliser of MurmurHash3."""
+_AT_ONCE = 2**15
+"""So many words are made at once; more would not stay in the cache of a processor."""
 
 
-def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Hash counters into random words with Philox4x32-10.
+def split(seed: int, number: int) -> int:
+    """Number `number` of SplitMix64: it seeds the generator of a cycle, of a micro-batch in it, of a rank in that.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    word = (seed + (number + 1) * _GAMMA) & _WORD
+    for shift, multiplier in _ROUNDS:
+        word = (word ^ word >> shift) * multiplier & _WORD
+    return word
+
+
+def numbers(seeds: Sequence[int], branches: range, rows: int) -> Tensor:
+    """Random numbers, uniform in [-2**31, 2**31), one a row.
+
+    Rows 2 i and 2 i + 1 of branch b have the low and the high half of `split(seed, b * 2**32 + i)`.
 
     Args:
-        counter: `Tensor[..., 4]`, int64, each value in [0, 2**32).
-        key: Two words in [0, 2**32).
+        seeds: In [0, 2**64).
+        branches: Which ones.
+        rows: How many.
 
     Returns:
-        `Tensor[..., 4]`, int64: uniform words in [0, 2**32).
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+        int32 `Tensor[seeds, branches, rows]`.
     """
-    even, odd = counter[..., 0::2].clone(), counter[..., 1::2]  # words 0 and 2, which are multiplied, and 1 and 3
-    multipliers = torch.tensor(_MULTIPLIERS, device="cpu")
-    keys = [[(k + i * step) & _WORD for k, step in zip(key, _KEY_STEPS, strict=True)] for i in range(_ROUNDS)]
-    for round_key in torch.tensor(keys, device="cpu").unbind():
-        # int64 products wrap around, but their 64 bits are the right ones: masking after the shift recovers them.
-        product = even.mul_(multipliers).flip(-1)
-        even = (product >> 32).bitwise_and_(_WORD).bitwise_xor_(odd).bitwise_xor_(round_key)
-        odd = product.bitwise_and_(_WORD)
-    return torch.stack((even, odd), dim=-1).flatten(-2)
+    gamma = _signed(_GAMMA)
+    seed = torch.tensor([_signed(seed + _GAMMA) for seed in seeds], dtype=torch.int64, device="cpu")
+    branch = (torch.arange(branches.start, branches.stop, device="cpu") << 32).mul_(gamma)
+    word = (seed[:, None] + branch)[:, :, None] + torch.arange(-(-rows // 2), device="cpu").mul_(gamma)
+    shifted = torch.empty_like(word)
+    for shift, multiplier in _ROUNDS:
+        # int64 wraps around as unsigned words do, but its shifts move in copies of the sign.
+        word ^= torch.bitwise_right_shift(word, shift, out=shifted).bitwise_and_(_WORD >> shift)
+        if multiplier != 1:
+            word *= _signed(multiplier)
+    return word.view(torch.int32)[..., :rows]
 
 
 def draw(
@@ -61,8 +76,8 @@ def draw(
 ) -> Tensor:
     """Draw the masks of one model forward, for all branches at once.
 
-    Entry (b, r) depends on nothing but (seed, cycle, micro_batch, b, r), on `fixed_among` and, in row mode, on rank:
-    asking for more rows extends the mask and changes none of it.
+    Entry (b, r) depends on nothing but (seed, cycle, micro_batch, b, r), the rate of branch b, `fixed_among` and, in
+    row mode, rank: asking for more rows extends the mask and changes none of it, and a higher rate drops further rows.
 
     Args:
         rates: Drop probability of each branch, in [0, 1).
@@ -82,37 +97,57 @@ def draw(
         rank, drawn = 0, 1
     else:
         drawn = max(rows, fixed_among or 0)
-    blocks, branches = -(-drawn // 4), len(rates)
-    # Drawing one mask or sixteen takes about as long, so those of the next cycles are drawn with it.
-    cycles = max(min(16, _CACHED_WORDS // (4 * blocks * branches or 1)), 1)
-    words = _words(branches, blocks, seed, cycle // cycles * cycles, cycles, micro_batch, rank)[
-        cycle % cycles, :, :drawn
-    ]
-    if fixed_among is None:
-        keep = words >= _thresholds(tuple(rates))
-    else:
-        words = (words << 20) + torch.arange(drawn, device="cpu")  # no two are equal
-        dropped = torch.tensor([int(rate * fixed_among + 0.5) for rate in rates], dtype=torch.int64, device="cpu")
-        ordered = nn.functional.pad(words[:, :fixed_among].sort(1).values, (1, 0), value=-1)
-        keep = words > ordered.gather(1, dropped[:, None])
+    keep = torch.empty((len(rates), drawn), dtype=torch.bool, device="cpu")
+    words = -(-drawn // 2)
+    some = max(_AT_ONCE // words, 1)
+    # Few masks or many take about as long, so those of the next cycles are drawn with them.
+    cycles = max(min(16, _AT_ONCE // (words * len(rates) or 1)), 1)
+    first, place = cycle // cycles * cycles, cycle % cycles
+    for start in range(0, len(rates), some):
+        branches = range(start, min(start + some, len(rates)))
+        drops = tuple(rates[start : branches.stop])
+        number = _numbers(branches, drawn, seed, range(first, first + cycles), micro_batch, rank)[place]
+        if fixed_among is None:
+            kept = number >= _thresholds(drops)
+        else:
+            number = torch.add(torch.arange(drawn, device="cpu"), number, alpha=2**31)  # no two are equal
+            kept = number > _largest_dropped(number[:, :fixed_among], drops)
+        keep[start : branches.stop] = kept
     return keep[:, :rows] if mode == "row" else keep.expand(-1, rows).clone()
 
 
 @lru_cache(maxsize=32)
-def _words(branches: int, blocks: int, seed: int, first: int, cycles: int, micro_batch: int, rank: int) -> Tensor:
-    """Random words, int64 `Tensor[cycles, branches, 4 * blocks]`; do not write to them."""
-    shape = (cycles, branches, blocks)
-    counter = torch.empty((*shape, 4), dtype=torch.int64, device="cpu")
-    counter[..., 0] = torch.arange(blocks, device="cpu")  # one counter yields four words, for four neighbouring rows
-    counter[..., 1] = (torch.arange(branches, device="cpu") | (rank << 16))[:, None]
-    counter[..., 2] = micro_batch & _WORD
-    counter[..., 3] = (torch.arange(first, first + cycles, device="cpu") & _WORD)[:, None, None]
-    return philox(counter, (seed & _WORD, seed >> 32)).flatten(2)
+def _numbers(branches: range, rows: int, seed: int, cycles: range, micro_batch: int, rank: int) -> Tensor:
+    """Those of some cycles, int32 `Tensor[cycles, branches, rows]`; do not write to them."""
+    return numbers([split(split(split(seed, cycle), micro_batch), rank) for cycle in cycles], branches, rows)
 
 
 @lru_cache(maxsize=32)
 def _thresholds(rates: tuple[float, ...]) -> Tensor:
-    return torch.tensor([[round(rate * 2**32)] for rate in rates], dtype=torch.int64, device="cpu").view(-1, 1)
+    """The smallest number that is not dropped, int32 `Tensor[branches, 1]`."""
+    least = [[min(round(rate * 2**32), 2**32 - 1) - 2**31] for rate in rates]
+    return torch.tensor(least, dtype=torch.int32, device="cpu")
+
+
+def _largest_dropped(number: Tensor, rates: tuple[float, ...]) -> Tensor:
+    """Of N numbers the n-th smallest, for n = round(rate * N), int64 `Tensor[branches, 1]`."""
+    filler, place = _filler(rates, number.shape[1])
+    return torch.cat((number, filler), 1).topk(place, largest=False, sorted=False).values.amax(1, keepdim=True)
+
+
+@lru_cache(maxsize=32)
+def _filler(rates: tuple[float, ...], rows: int) -> tuple[Tensor, int]:
+    """Smallest and largest numbers with which `_largest_dropped` looks for the same place in all branches, and it."""
+    counts = (torch.tensor(rates, dtype=torch.float64, device="cpu") * rows + 0.5).long()[:, None]
+    most = int(counts.max())
+    smallest = torch.arange(most - int(counts.min()) + 1, device="cpu") <= most - counts
+    limits = torch.iinfo(torch.int64)
+    return torch.where(smallest, limits.min, limits.max), most + 1
+
+
+def _signed(word: int) -> int:
+    """The int64 of these 64 bits."""
+    return (word + 2**63 & _WORD) - 2**63
 
 
 def branch_rates(depths: Sequence[int], rate: float, decay: Decay) -> list[float]:

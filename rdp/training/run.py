@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -201,6 +202,8 @@ class Run:
             self.masks = step.given.clone()
         elif step.phase is Phase.PLAIN:
             self.masks = torch.ones(len(self.branches), rows, dtype=torch.bool, device="cpu")
+        elif draw.masks is not None and rows <= draw.rows:
+            self.masks = draw.masks[:, :rows]
         else:
             self.masks = masks.draw(
                 [branch.rate for branch in self.branches],
@@ -212,9 +215,12 @@ class Run:
                 rank=self.agreement.ranks.rank if self.several else 0,
                 fixed_among=draw.rows if options.sampling == "fixed" else None,
             )
+            if rows == draw.rows:
+                draw = replace(draw, masks=self.masks)  # FREEZE does not draw them again
         plain = [branch for branch, block in enumerate(self.blocks) if not block.training]
-        for branch in plain:
-            self.masks[branch] = True
+        if plain:
+            self.masks = self.masks.clone()
+            self.masks[plain] = True
         live = self.frozen.live(self.masks, step.phase, plain)
         forward = Forward(step.phase, position, draw, self.masks, live, plain)
         step.forwards.append(forward)

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rdp.branches import Branch
 from rdp.errors import StateError, shortened
-from rdp.phases import Phase
 from rdp.training.step import Draw
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
 
-_VERSION = 2
+_VERSION = 3
 _LAST_STEP = 2**62  # masks are drawn by 64-bit integers
 _MOST_ROWS = 2**24
 
@@ -44,12 +43,8 @@ def load(run: Run, state: dict[str, Any]) -> None:
     """
     _check(run, state)
     number = state["step_count"]
-    forwards = [(row[0], row[-1]) for row in state["forwards"]]
+    forwards = [(position, rows) for position, rows in state["forwards"]]
     replay = {row[0]: Draw(*row) for row in state["replayed"]}
-    if "version" not in state:  # version 1, in which FREEZE took what DROP had drawn one after the other
-        replay = dict(enumerate(Draw(*row) for row in state["replayed"]))
-        if run.schedule.at(number)[0] is Phase.FREEZE:
-            forwards = [(position, rows) for position, (_, rows) in enumerate(forwards)]
     run.seed = state["seed"]
     run.expected = None if run.branches else (state["branches"], state["rates"])
     run.go_to(number, replay, forwards)
@@ -79,15 +74,20 @@ def _check(run: Run, state: dict[str, Any]) -> None:
         raise StateError(f"this is no state of a ResidualDropPath handle: it lacks {sorted(missing)}")
     version = state.get("version", 1)
     if type(version) is not int or not 1 <= version <= _VERSION:
-        raise StateError(f"the state has version {shortened(version)}, this library reads up to {_VERSION}; update it")
+        raise StateError(f"the state has version {shortened(version)}, this library reads {_VERSION}; update it")
+    if version < _VERSION:
+        raise StateError(
+            f"the state has version {version}, whose masks are of a random stream that is not drawn any more. Resume "
+            "with the release of rdp that saved it; or load model and optimizer without it, to go on with other masks"
+        )
     names, rates = state["branches"], state["rates"]
     sound = {
         "branches": _is_list_of(names, str),
         "rates": _is_list_of(rates, float, int) and isinstance(names, list) and len(rates) == len(names),
         "seed": _is_count(state["seed"], 2**64),
         "step_count": _is_count(state["step_count"], _LAST_STEP),
-        "forwards": _is_table(state["forwards"], 3 if version == 1 else 2),
-        "replayed": _is_table(state["replayed"], 2),
+        "forwards": _is_table(state["forwards"]),
+        "replayed": _is_table(state["replayed"]),
     }
     for key in (key for key, is_sound in sound.items() if not is_sound):
         raise StateError(f"{key} in the state is damaged: {shortened(state[key])}. Load another one")
@@ -119,8 +119,7 @@ def _is_list_of(value: object, *kinds: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
 
 
-def _is_table(value: object, width: int) -> bool:
-    """Is this a list of lists of `width` numbers, of which the first is a position and the others count rows?"""
+def _is_table(value: object) -> bool:
+    """Is this a list of lists of two numbers, a position and how many rows?"""
     rows = value if isinstance(value, list) else [None]
-    bounds = [2**32] + [_MOST_ROWS] * (width - 1)
-    return all(isinstance(row, list) and len(row) == width and all(map(_is_count, row, bounds)) for row in rows)
+    return all(isinstance(r, list) and len(r) == 2 and all(map(_is_count, r, (2**32, _MOST_ROWS))) for r in rows)

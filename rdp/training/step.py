@@ -11,7 +11,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Draw:
     """The position in its step of the DROP forward that was first to have them."""
     rows: int
     """How many rows that forward had."""
+    masks: Tensor | None = field(default=None, compare=False, repr=False)
+    """The masks of these rows, if they were drawn in this process; do not write to them."""
 
 
 class Forward:

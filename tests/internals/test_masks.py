@@ -14,10 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws.masks import draw as oracle
-from laws.masks import philox as plain_philox
+from laws.masks import number as one_number
+from laws.masks import splitmix
 
 from rdp import masks
-from rdp.masks import branch_rates, draw, philox
+from rdp.masks import branch_rates, draw, numbers, split
 
 WORDS = st.integers(0, 2**32 - 1)
 RATES = st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1 - 2**-33]), min_size=1, max_size=3)
@@ -37,9 +38,9 @@ def forgetful() -> Iterator[Callable[[], None]]:
     forget()
 
 
-@given(st.lists(st.tuples(WORDS, WORDS, WORDS, WORDS), min_size=1, max_size=5), st.tuples(WORDS, WORDS))
-def test_philox_hashes_each_counter_by_itself(counters, key):
-    assert philox(torch.tensor(counters), key).tolist() == [list(plain_philox(counter, key)) for counter in counters]
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**62))
+def test_a_seed_is_split_as_splitmix_does(seed, number):
+    assert split(seed, number) == splitmix(seed, number)
 
 
 @given(
@@ -63,29 +64,44 @@ def test_masks_are_those_of_the_stream_that_is_promised(rates, rows, among, wher
     assert mask.tolist() == oracle(rates, rows, **where)
 
 
-def test_masks_of_a_large_batch_are_drawn_without_those_of_the_next_cycles():
-    """Where they are more than are kept."""
-    where = {"seed": 3, "cycle": 5, "micro_batch": 0}
-    last = draw([0.5] * 70, 1000, **where)[-1]
-    assert last[-8:].tolist() == oracle([0.5] * 70, 1000, **where)[-1][-8:]
+@pytest.mark.parametrize("fixed_among", [None, 1000])
+def test_masks_of_a_large_batch_are_drawn_part_by_part_and_without_those_of_the_next_cycles(fixed_among):
+    """Where they are more than are made at once."""
+    where: dict[str, Any] = {"seed": 3, "cycle": 5, "micro_batch": 0, "fixed_among": fixed_among}
+    rates = [0.5] * 70 + [0.1] * 70
+    drawn = draw(rates, 1000, **where)
+    for branch in (0, 69, 70, 139):
+        alone = numbers([split(split(split(3, 5), 0), 0)], range(branch, branch + 1), 1000)[0]
+        assert alone[0, -8:].tolist() == [one_number(3, 5, 0, 0, branch, row) for row in range(992, 1000)]
+        least = alone.sort().values[0, int(rates[branch] * 1000)] if fixed_among else (rates[branch] - 0.5) * 2**32
+        assert torch.equal(drawn[branch], alone[0] >= least)
+
+
+@given(RATES, RATES, st.integers(1, 12), st.booleans(), st.integers(0, 99))
+def test_a_higher_rate_drops_further_rows_and_none_fewer(some, others, rows, fixed, cycle):
+    where: dict[str, Any] = {"seed": 1, "cycle": cycle, "micro_batch": 0, "fixed_among": rows if fixed else None}
+    pairs = [(min(pair), max(pair)) for pair in zip(some, others, strict=False)]
+    low, high = (draw(rates, rows, **where) for rates in zip(*pairs, strict=True))
+    assert bool((low | ~high).all())
 
 
 def test_a_number_that_equals_the_rate_is_kept():
     """So that rate 0 drops nothing, not even the number 0."""
     for row in range(4):
-        rate = plain_philox((0, 0, 0, 0), (3, 0))[row] / 2**32
+        rate = (one_number(3, 0, 0, 0, 0, row) + 2**31) / 2**32
         assert draw([rate], 4, seed=3, cycle=0, micro_batch=0)[0, row]
         assert not draw([rate + 2**-32], 4, seed=3, cycle=0, micro_batch=0)[0, row]
 
 
 @pytest.mark.parametrize(("numbers", "dropped"), [
     ([0, 0, 0, 0], [0, 1]),
-    ([2**31 + 3, 2**31 + 2, 2**31 + 1, 2**31], [2, 3]),
-    ([2**32 - 1, 0, 2**32 - 2, 5], [1, 3]),
+    ([3, 2, 1, 0], [2, 3]),
+    ([2**31 - 1, -(2**31), 2**31 - 2, -5], [1, 3]),
 ])  # fmt: skip
 def test_of_equal_numbers_the_first_row_is_dropped_and_every_bit_counts(monkeypatch, forgetful, numbers, dropped):
     """Equal numbers come once in some billions, and must not change how many rows are dropped."""
-    monkeypatch.setattr(masks, "philox", lambda counter, key: torch.tensor(numbers).expand(counter.shape))
+    drawn = torch.tensor(numbers, dtype=torch.int32)
+    monkeypatch.setattr(masks, "numbers", lambda seeds, branches, rows: drawn.expand(len(seeds), len(branches), rows))
     mask = draw([0.0, 0.5], 4, seed=0, cycle=0, micro_batch=0, fixed_among=4)
     assert mask[0].all()
     assert mask[1].tolist() == [row not in dropped for row in range(4)]

@@ -8,18 +8,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-Words = tuple[int, int, int, int]
-
 
 @functools.cache
-def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3)."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
-        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = high >> 32 ^ c1 ^ k0, high % 2**32, low >> 32 ^ c3 ^ k1, low % 2**32
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
+def splitmix(seed: int, number: int) -> int:
+    """Number `number` of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    word = (seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def number(seed: int, cycle: int, micro_batch: int, rank: int, branch: int, row: int) -> int:
+    """The number of a row, in [-2**31, 2**31): half a word of a generator that is seeded by another three times."""
+    for place in (cycle, micro_batch, rank):
+        seed = splitmix(seed, place)
+    word = splitmix(seed, branch * 2**32 + row // 2)
+    half = word // 2**32 if row % 2 else word % 2**32
+    return (half + 2**31) % 2**32 - 2**31
 
 
 def draw(
@@ -47,16 +52,14 @@ def draw(
             numbers are dropped, the first of equal ones, and later rows with a smaller number than one of them.
     """
 
-    def number(branch: int, row: int) -> int:
-        place, process = (row, rank) if mode == "row" else (0, 0)
-        counter = (place // 4, branch + 2**16 * process, micro_batch % 2**32, cycle % 2**32)
-        return philox(counter, (seed % 2**32, seed // 2**32))[place % 4]
+    def drawn(branch: int, row: int) -> int:
+        return number(seed, cycle, micro_batch, *((rank, branch, row) if mode == "row" else (0, branch, 0)))
 
     def keeps(branch: int, row: int) -> bool:
         if fixed_among is None:
-            return number(branch, row) >= round(rates[branch] * 2**32)
-        ordered = sorted((number(branch, other), other) for other in range(fixed_among))
+            return drawn(branch, row) + 2**31 >= min(round(rates[branch] * 2**32), 2**32 - 1)
+        ordered = sorted((drawn(branch, other), other) for other in range(fixed_among))
         dropped = ordered[: int(rates[branch] * fixed_among + 0.5)]
-        return all((number(branch, row), row) > other for other in dropped)
+        return all((drawn(branch, row), row) > other for other in dropped)
 
     return [[keeps(branch, row) for row in range(rows)] for branch in range(len(rates))]
