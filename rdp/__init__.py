@@ -8,6 +8,7 @@ Two lines in an existing training loop::
 Source: Park (2024), "Residual DropPath", https://arxiv.org/abs/2411.09475
 """
 
+from rdp import rate_schedules
 from rdp.attachment import attach
 from rdp.branches import Branch, Refusal
 from rdp.errors import (
@@ -20,6 +21,7 @@ from rdp.errors import (
     RdpError,
     RdpWarning,
     StateError,
+    UnknownAttributeError,
 )
 from rdp.handle import ResidualDropPath
 from rdp.phases import Phase
@@ -42,5 +44,7 @@ __all__ = [
     "Refusal",
     "ResidualDropPath",
     "StateError",
+    "UnknownAttributeError",
     "attach",
+    "rate_schedules",
 ]

@@ -13,6 +13,7 @@ from rdp.handle import ResidualDropPath
 from rdp.masks import Decay, Mode, Sampling
 from rdp.options import Compute, Freeze, Native, Options, Select
 from rdp.phases import Phase, Schedule
+from rdp.rate_schedules import RateSchedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +23,7 @@ def attach(
     model: nn.Module,
     rate: float = 0.1,
     *,
+    rate_schedule: RateSchedule | None = None,
     mode: Mode = "row",
     decay: Decay = "linear",
     sampling: Sampling = "bernoulli",
@@ -49,7 +51,10 @@ def attach(
 
     Args:
         model: Any module that you call in training as `model(...)`.
-        rate: Drop probability of the deepest branch, in [0, 1). The default is the paper's.
+        rate: Drop probability of the deepest branch, in [0, 1). The default is the paper's. `handle.rate` changes it.
+        rate_schedule: A function of the optimizer step, counted from 0, that returns a factor in [0, 1] on the rate of
+            every branch, such as `rdp.rate_schedules.warmup(1000)`. FREEZE has the factor of the DROP that it replays;
+            where it is 0 both are plain training.
         mode: "row" draws a mask for every sample, "batch" one for all samples; as in
             `torchvision.ops.StochasticDepth`.
         decay: "linear" lets the rate grow from 0 at the first block to `rate` at the last, as timm does; "constant"
@@ -105,6 +110,7 @@ def attach(
         compute=compute,
         seed=seed,
         verify=verify,
+        rate_schedule=rate_schedule,
     )
     check_model(model, options)
     handle = ResidualDropPath(model, options, Ranks(process_group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,7 +83,8 @@ class Branch:
             several branches use is listed by each.
         sums: Number of residual sums that it feeds in one forward: above 1 where modules share their weights.
         depth: Position of its block among the model's blocks; branches of one block share a drop rate.
-        rate: Drop probability; 0 means that the branch is not gated at all.
+        rate: Drop probability, without a schedule.
+        share: The same where that of the deepest branch is 1; 0 means that the branch is not gated at all.
         compute: "dense" runs all rows; "rows" runs only the rows that the step needs.
         gates: The module outputs that are masked; several where a branch ends in a concatenation.
         cuts: Where else FREEZE stops gradients: what is not made from x but multiplied into the branch.
@@ -106,6 +108,12 @@ class Branch:
     inside: tuple[int, ...] = ()
     idle: str = ""
     note: str = ""
+    share: float = 0.0
+
+    @property
+    def gated(self) -> bool:
+        """Can it be dropped, if only at another rate of the handle?"""
+        return self.rate > 0 or self.share > 0
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,18 @@ class Refusal:
         return f"{f'`{where}`' if where else 'a sum in the forward of the model itself'}: {self.reason}"
 
 
-def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...]) -> str:
-    """The branches as text, a line each, and what was refused below them."""
-    header = ("branch", "rate", "kind", "compute", "parameters", "note")
+def branch_table(branches: tuple[Branch, ...], refused: tuple[Refusal, ...], now: Sequence[float] | None = None) -> str:
+    """The branches as text, a line each, and what was refused below them; `now` are their rates, if these change."""
+    header = ("branch", *(("rate",) if now is None else ("now", "peak")), "kind", "compute", "parameters", "note")
     plain = "rate 0: trained plainly in all phases"
     reasons = [f"not gated: {b.idle}" if b.idle else plain * (b.rate == 0) for b in branches]
     notes = ["; ".join(filter(None, (b.note, reason))) for b, reason in zip(branches, reasons, strict=True)]
     cells = zip(branches, notes, strict=True)
-    rows = [(b.name, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters)), note) for b, note in cells]
+    rates = [[f"{rate:.3f}"] for rate in now] if now is not None else [[]] * len(branches)
+    rows = [
+        (b.name, *rate, f"{b.rate:.3f}", b.kind, b.compute, str(len(b.parameters)), note)
+        for (b, note), rate in zip(cells, rates, strict=True)
+    ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     lines += [f"not gated: {refusal}" for refusal in refused]

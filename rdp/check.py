@@ -56,13 +56,13 @@ class Problem:
 def check(run: Run, refused: Sequence[Refusal], proof: Proof | None = None) -> Checkup:
     """Examine a run and its model; see `ResidualDropPath.check`."""
     watch, step = run.watch, run.step
-    gated = [b for b in run.branches if b.rate > 0]
+    gated = [b for b in run.branches if b.gated]
     plain = " (the others have rate 0 and are trained plainly in all phases)" if len(gated) < len(run.branches) else ""
     ungated = f", {len(refused)} sums not gated" if refused else ""
     frozen = len(run.frozen.parameters(run.live()))
     facts = (
         f"{type(run.model).__name__}: {len(gated)} gated branches of {len(run.branches)}{plain}{ungated}",
-        f"{watch.forwards} training forwards, {step.number} steps; the phase is {step.phase.name}",
+        f"{watch.forwards} training forwards, {step.number} steps; the phase is {run.phase.name}",
         f"{len(run.optimizers)} wrapped optimizers, {frozen} parameters frozen in this step",
         *([str(proof)] if proof is not None else []),
         *_rows(run),
@@ -77,7 +77,7 @@ def check(run: Run, refused: Sequence[Refusal], proof: Proof | None = None) -> C
 
 def warn_after_first_cycle(run: Run) -> bool:
     """Say in one warning what is certainly wrong, if anything is; what was told already is left out."""
-    gated = [b for b in run.branches if b.rate > 0]
+    gated = [b for b in run.branches if b.gated]
     problems = [p for p in _problems(run, gated) if p.certain and p.key not in run.watch.warned]
     told = [problem.text for problem in problems]
     run.watch.warned |= {problem.key for problem in problems}
@@ -93,7 +93,7 @@ def _rows(run: Run) -> Iterator[str]:
     """On how many rows each gated branch has learnt."""
     learnt = {phase: counts for phase, counts in run.watch.learnt.items() if phase is not Phase.PLAIN}
     for index, branch in enumerate(run.branches if learnt else ()):
-        if branch.rate > 0:
+        if branch.gated:
             counts = (f"{rows[index]} of {total} in {phase.name}" for phase, (rows, total) in learnt.items())
             yield f"rows that `{branch.name}` learnt on: {', '.join(counts)}"
 
@@ -133,7 +133,7 @@ def _nothing_gated(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
 
 def _gates(run: Run) -> Iterator[Problem]:
     watch = run.watch
-    branches = [(i, b) for i, b in enumerate(run.branches) if b.rate > 0]
+    branches = [(i, b) for i, b in enumerate(run.branches) if b.gated]
     lost = [branch.name for branch in _lost(run)]
     if lost:
         yield Problem(
@@ -168,7 +168,7 @@ def _gates(run: Run) -> Iterator[Problem]:
         )
     rows = run.masks.shape[1]
     if run.options.sampling == "fixed" and rows:
-        never = [b.name for _, b in branches if int(b.rate * rows + 0.5) == 0]
+        never = [b.name for _, b in branches if b.rate and int(b.rate * rows + 0.5) == 0]
         if never:
             yield Problem(
                 "rounded",
@@ -221,7 +221,8 @@ def _parameters(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
 def _steps(run: Run, gated: Sequence[Branch]) -> Iterator[Problem]:
     watch = run.watch
     # Who has called handle.advance() has a loop of his own, of which `moved` tells what is wrong.
-    if gated and not run.optimizers and not watch.steps and Phase.FREEZE in run.schedule.phases:
+    dropping = gated and run.cycles.rate > 0
+    if dropping and not run.optimizers and not watch.steps and Phase.FREEZE in run.schedule.phases:
         yield Problem(
             "unwrapped",
             "no optimizer is wrapped: frozen parameters drift with momentum and weight decay, and phases alternate "
@@ -245,7 +246,7 @@ def _lost(run: Run) -> list[Branch]:
     """The gated branches that have lost a gate; one that was moved together with its module is not lost."""
     hooks = (hook for module in run.model.modules() for hook in module._forward_hooks.values())
     there = Counter(hook.branch for hook in hooks if isinstance(hook, GateHook) and hook.owner is run)
-    return [b for index, b in enumerate(run.branches) if b.rate > 0 and there[index] < len(b.gates)]
+    return [b for index, b in enumerate(run.branches) if b.gated and there[index] < len(b.gates)]
 
 
 def _named(names: Sequence[str]) -> str:

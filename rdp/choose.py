@@ -19,10 +19,10 @@ from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, shortened
-from rdp.masks import branch_rates
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
+from rdp.rates import rates_of
 from rdp.rows.axes import Coupling
 from rdp.rows.places import locate, settle_by_row
 from rdp.rows.plan import Plan, plan_rows
@@ -227,7 +227,7 @@ def _choose_branches(
         )
     rated = tuple(plan.noted(branch) for branch in _rated(located, options))
     if options.scale_by_keep:
-        unscalable = [b.name for b in rated if b.rate > 0 and any(gate.zero_only for gate in b.gates)]
+        unscalable = [b.name for b in rated if b.gated and any(gate.zero_only for gate in b.gates)]
         if unscalable:
             raise BranchError(
                 f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
@@ -237,11 +237,9 @@ def _choose_branches(
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:
-    """The branches with their rates, which those that do not train take no part in."""
-    idle = {b.depth for b in branches if b.idle} - {b.depth for b in branches if not b.idle}
-    depths = [b.depth - sum(depth < b.depth for depth in idle) for b in branches if not b.idle]
-    rates = iter(branch_rates(depths, options.rate, options.decay))
-    return [b if b.idle else replace(b, rate=next(rates)) for b in branches]
+    """The branches with their rates."""
+    rates, shares = (rates_of(branches, rate, options.decay) for rate in (options.rate, 1.0))
+    return [replace(b, rate=r, share=s) for b, r, s in zip(branches, rates, shares, strict=True)]
 
 
 def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Candidate]:

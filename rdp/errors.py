@@ -25,6 +25,10 @@ class NativeDropPathError(AttachError):
     """The model already drops paths by itself; both mechanisms together would compound."""
 
 
+class UnknownAttributeError(RdpError, AttributeError):
+    """Something was assigned to the handle that it does not have."""
+
+
 class BranchError(RdpError, RuntimeError):
     """No residual branch was found, or one that was asked for cannot be gated soundly."""
 

@@ -18,11 +18,12 @@ from rdp.branches import Branch, Refusal, branch_table
 from rdp.check import Checkup, check, warn_after_first_cycle
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
-from rdp.errors import ArgumentError, AttachError, warn
+from rdp.errors import ArgumentError, AttachError, UnknownAttributeError, warn
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.proof import BUDGET, Proof, prove
+from rdp.rates import check_rate
 from rdp.refusals import check_training
 from rdp.training import compiled, hooks
 from rdp.training.optimizer import MaskedOptimizer
@@ -71,12 +72,31 @@ class ResidualDropPath:
     @property
     def phase(self) -> Phase:
         """The phase of the current optimizer step."""
-        return self._run.step.phase
+        return self._run.phase
 
     @property
     def step_count(self) -> int:
         """The number of optimizer steps that have ended."""
         return self._run.step.number
+
+    @property
+    def rate(self) -> float:
+        """The drop rate of the deepest branch, which the schedule of rates multiplies.
+
+        It may be set, to a number in [0, 1); the next DROP and what replays it have the new one.
+        """
+        return self._run.cycles.rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._check_attached()
+        check_rate(rate)
+        self._run.set_rate(float(rate))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The drop rates of the branches in the current cycle, in forward order."""
+        return tuple(self._run.step.rates)
 
     @property
     def masks(self) -> Tensor:
@@ -218,8 +238,18 @@ class ResidualDropPath:
         state = f"step {self.step_count}, phase {self.phase.name}" if self.attached else "removed"
         if self.attached and not self.branches:
             state += "; branches will be found in the first training forward"
-        head = f"ResidualDropPath({type(self.model).__name__}, rate={self.options.rate}, mode={self.options.mode!r}): "
-        return head + state + (f"\n{branch_table(self.branches, self.refused)}\n{self._proof}" if self.branches else "")
+        now, peak = self._run.step.rate, self.rate
+        changes = now != peak or self.options.rate_schedule is not None
+        rate = f"rate={peak}{f', now {now:.3g}' if changes else ''}"
+        head = f"ResidualDropPath({type(self.model).__name__}, {rate}, mode={self.options.mode!r}): "
+        table = branch_table(self.branches, self.refused, self.rates if changes else None)
+        return head + state + (f"\n{table}\n{self._proof}" if self.branches else "")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name.startswith("_") or name in ("model", "options", "refused") or hasattr(type(self), name)):
+            # It would be accepted and do nothing.
+            raise UnknownAttributeError(f"a ResidualDropPath has no {name!r} to set; only handle.rate can be changed")
+        super().__setattr__(name, value)
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:

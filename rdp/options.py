@@ -11,6 +11,8 @@ from torch import nn
 from rdp.errors import ArgumentError
 from rdp.masks import Decay, Mode, Sampling
 from rdp.phases import Phase, Schedule
+from rdp.rate_schedules import RateSchedule
+from rdp.rates import check_rate
 
 Freeze = Literal["output", "params"]
 Native = Literal["error", "off"]
@@ -47,10 +49,15 @@ class Options:
     compute: Compute
     seed: int
     verify: bool = True
+    rate_schedule: RateSchedule | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
-            raise ArgumentError(f"rate must be a number in [0, 1), the probability of dropping; got {self.rate!r}")
+        check_rate(self.rate)
+        if not (self.rate_schedule is None or callable(self.rate_schedule)):
+            raise ArgumentError(
+                "rate_schedule must be a function of the optimizer step that returns a factor in [0, 1], such as "
+                f"rdp.rate_schedules.warmup(1000); got {self.rate_schedule!r}"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ArgumentError(f"seed must be an int in [0, 2**64); got {self.seed!r}")
         for name in ("scale_by_keep", "verify"):

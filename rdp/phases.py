@@ -55,3 +55,9 @@ class Schedule:
         rounds, offset = divmod(step, len(self.phases))
         drops = rounds * self.phases.count(Phase.DROP) + self.phases[: offset + 1].count(Phase.DROP)
         return self.phases[offset], max(drops - 1, 0)
+
+    def drop_of(self, step: int) -> int:
+        """The number of the DROP step whose masks hold at optimizer step number `step`; 0 before the first."""
+        if Phase.DROP not in self.phases:
+            return 0
+        return next((drop for drop in range(step, -1, -1) if self.phases[drop % len(self.phases)] is Phase.DROP), 0)

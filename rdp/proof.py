@@ -64,7 +64,7 @@ def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
         inputs: Of a forward; two rows of them are used.
         budget: In floating point operations of the forward of two rows; None: any number.
     """
-    if not any(branch.rate > 0 for branch in run.branches):
+    if not any(branch.gated for branch in run.branches):
         return Proof({}, "nothing is gated")
     if budget is not None and forwards.only_device(run.model) is None:
         return Proof({}, "the model is sharded, offloaded, quantized or has hooks of others, see handle.check(inputs)")
@@ -86,7 +86,7 @@ class _Trial:
     def __init__(self, run: Run, pair: Inputs, single: Inputs) -> None:
         self.run = run
         self.pair = pair
-        self.gated = [index for index, branch in enumerate(run.branches) if branch.rate > 0]
+        self.gated = [index for index, branch in enumerate(run.branches) if branch.gated]
         blocks = [run.model.get_submodule(branch.block) for branch in run.branches]
         self.still = [i for i, b in enumerate(run.branches) if b.idle or not blocks[i].training]
         self.parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}

@@ -46,7 +46,8 @@ def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[N
     before = run.step, run.watch, run.first, run.look, run.masks, run.several, run.pauses
     run.watch, run.first, run.look, run.pauses = Watch(run.model), FirstCycle(), bool, int(phase is None)
     if phase is not None:
-        run.step = Step(run.step.number, phase, run.step.cycle, run.probes, {}, masks)
+        step = run.step
+        run.step = Step(step.number, phase, step.cycle, run.probes, {}, masks, step.rate, step.rates)
     try:
         yield
     finally:

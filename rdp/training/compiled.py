@@ -20,9 +20,14 @@ from torch import Tensor, nn
 
 from rdp import trees
 from rdp.errors import BranchError
+from rdp.training.step import sent
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
+
+Given = tuple[Tensor, Tensor | None, Tensor | None]
+"""Masks, bool `Tensor[branches, rows]`; the ticket; with `scale_by_keep`, what undropped rows are divided by,
+`Tensor[branches]`: were it numbers, a graph would be made for each rate."""
 
 _runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
 _guarding: dict[int, bool] = {}
@@ -30,19 +35,21 @@ _guarding: dict[int, bool] = {}
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
-def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor]:
-    """Begin a forward of the N rows of `x`; its masks, bool `Tensor[branches, N]`, and ticket, int64 `Tensor[2]`."""
+def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin a forward of the N rows of `x`: masks, bool `Tensor[branches, N]`, ticket, int64 `Tensor[2]`, and the
+    probability of keeping each branch, `Tensor[branches]`."""
     forward = _runs[run].begin_forward(x.shape[0])
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
     masks = forward.masks.clone()
-    return masks.pin_memory() if x.is_cuda else masks, ticket
+    return masks.pin_memory() if x.is_cuda else masks, ticket, _keep_probs(_runs[run])
 
 
 @begin_forward.register_fake
-def _(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
     masks = torch.empty((branches, x.shape[0]), dtype=torch.bool, device="cpu")
-    return masks, torch.empty(2, dtype=torch.int64, device="cpu")
+    keep_probs = torch.empty(branches, dtype=torch.float64, device="cpu")
+    return masks, torch.empty(2, dtype=torch.int64, device="cpu"), keep_probs
 
 
 @torch.library.custom_op("rdp::reached", mutates_args=())
@@ -89,8 +96,30 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
             "handle.discover(inputs), so that they are found beforehand"
         )
     x = next(tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim())
-    masks, ticket = begin_forward(x.detach(), id(run), len(run.branches))
-    run.compiled = masks.to(x.device, non_blocking=True), ticket
+    masks, ticket, keep_probs = begin_forward(x.detach(), id(run), len(run.branches))
+    on_device = keep_probs.to(x.device, non_blocking=True) if run.options.scale_by_keep else None
+    run.compiled = masks.to(x.device, non_blocking=True), ticket, on_device
+
+
+def for_parts(run: Run, masks: Tensor) -> Given:
+    """What compiled parts of a model are given of a forward that is not compiled; without such, nothing is copied."""
+    if not run.compiles:
+        return masks, None, None
+    device = next(run.model.parameters()).device
+    return sent(masks, device), None, sent(_keep_probs(run), device) if run.options.scale_by_keep else None
+
+
+def ready(run: int) -> bool:
+    """A part of the model is being compiled: copy what it is given. Called as `traced` is."""
+    this = _runs[run]
+    if this.compiled is not None and not this.compiles:
+        this.compiles = True
+        this.compiled = for_parts(this, this.compiled[0])
+    return True
+
+
+def _keep_probs(run: Run) -> Tensor:
+    return 1 - torch.tensor(run.step.rates, dtype=torch.float64, device="cpu")
 
 
 def marked(run: Run, branch: int, x: Tensor) -> Tensor:
@@ -121,7 +150,8 @@ def attached(run: Run) -> None:
 
     _runs[id(run)] = run
     # No decorator, which would import dynamo together with this module.
-    torch._dynamo.assume_constant_result(traced)  # type: ignore[no-untyped-call]
+    for function in (traced, ready):
+        torch._dynamo.assume_constant_result(function)  # type: ignore[no-untyped-call]
     config = torch._dynamo.config
     _guarding.setdefault(id(run), config.skip_nnmodule_hook_guards)
     config.skip_nnmodule_hook_guards = False

@@ -55,7 +55,7 @@ class Frozen:
         owned = [(index, places[name]) for index, branch in enumerate(branches) for name in branch.parameters]
         self._holders, self._keys = [slot.holder for _, slot in owned], [slot.key for _, slot in owned]
         self._owners = torch.tensor([index for index, _ in owned], dtype=torch.long, device="cpu")
-        self._ungated = torch.tensor([branch.rate == 0 for branch in branches], dtype=torch.bool, device="cpu")
+        self._ungated = torch.tensor([not branch.gated for branch in branches], dtype=torch.bool, device="cpu")
 
         def depth(index: int) -> int:
             return max((1 + depth(around) for around in branches[index].inside), default=0)

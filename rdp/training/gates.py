@@ -14,7 +14,7 @@ from rdp.errors import ForwardError
 from rdp.phases import Phase
 
 
-def undropped(phase: Phase, x: Tensor, source: Tensor | None = None, keep_prob: float | None = None) -> Tensor:
+def undropped(phase: Phase, x: Tensor, source: Tensor | None = None, keep_prob: float | Tensor | None = None) -> Tensor:
     """What undropped rows become: in DROP they stay as they are, in FREEZE their value is kept and nothing learns.
 
     Args:
@@ -27,8 +27,12 @@ def undropped(phase: Phase, x: Tensor, source: Tensor | None = None, keep_prob: 
     """
     if phase is Phase.FREEZE:
         return x.detach() if source is None else x.detach() + (source - source.detach())
+    if keep_prob is None:
+        return x
     # To the bit as timm computes it: the reciprocal in the dtype of x, and a product.
-    return x if keep_prob is None else x * x.new_ones(()).div_(keep_prob)
+    if isinstance(keep_prob, Tensor):  # so that a compiled graph serves for all rates
+        return x * keep_prob.to(torch.promote_types(x.dtype, torch.float32)).reciprocal().to(x.dtype)
+    return x * x.new_ones(()).div_(keep_prob)
 
 
 def dropped(phase: Phase, x: Tensor, source: Tensor | None = None) -> Tensor | float:
@@ -42,7 +46,7 @@ def dropped(phase: Phase, x: Tensor, source: Tensor | None = None) -> Tensor | f
 
 
 def gate(
-    phase: Phase, keep: Tensor | bool, x: Tensor, source: Tensor | None = None, keep_prob: float | None = None
+    phase: Phase, keep: Tensor | bool, x: Tensor, source: Tensor | None = None, keep_prob: float | Tensor | None = None
 ) -> Tensor:
     """Gate a branch output, row by row or as a whole.
 

@@ -34,7 +34,7 @@ def install_on_model(run: Run) -> Iterator[RemovableHandle]:
 
 
 def install(run: Run, index: int, branch: Branch, program: Program | None) -> Iterator[RemovableHandle]:
-    """Hook a branch; one of rate 0 is not gated.
+    """Hook a branch, if it is to be gated.
 
     Args:
         run: That of the model.
@@ -43,7 +43,7 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
         program: The same, if it is to run on some of the rows.
     """
     model = run.model
-    if branch.rate == 0:
+    if not branch.gated:
         for point in branch.gates if branch.idle else ():
             yield model.get_submodule(point.module).register_forward_hook(IdleHook(run, index))
         return
@@ -54,9 +54,8 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
         for name in program.later_modules:
             later = LaterHook(run, name, on_rows)
             yield model.get_submodule(name).register_forward_pre_hook(later, with_kwargs=True)
-    keep_prob = 1 - branch.rate if run.options.scale_by_keep else None
     for point in branch.gates:
-        yield model.get_submodule(point.module).register_forward_hook(GateHook(run, index, point, keep_prob, on_rows))
+        yield model.get_submodule(point.module).register_forward_hook(GateHook(run, index, point, on_rows))
     for cut in branch.cuts:
         module, hook = model.get_submodule(cut.module), CutHook(run, index, cut)
         if cut.of_input:
@@ -138,17 +137,13 @@ class GateHook(RunHook):
         run: That of the model.
         branch: Index of the branch.
         point: Which output tensor is masked, and along which axis.
-        keep_prob: With `scale_by_keep`, what undropped rows are divided by in DROP.
         on_rows: The branch, if it runs on some of the rows.
     """
 
-    def __init__(
-        self, run: Run, branch: int, point: GatePoint, keep_prob: float | None, on_rows: BranchOnRows | None = None
-    ) -> None:
+    def __init__(self, run: Run, branch: int, point: GatePoint, on_rows: BranchOnRows | None = None) -> None:
         super().__init__(run, self.gate, self.gate_traced)
         self.branch = branch
         self.point = point
-        self.keep_prob = keep_prob
         self.on_rows = on_rows
 
     def gate(self, module: nn.Module, *given: Any) -> Any:
@@ -174,9 +169,10 @@ class GateHook(RunHook):
                 "parallelize_module and let the module return a local tensor (use_local_output=True), or use "
                 "mode='batch'"
             )
+        keep_prob = 1 - run.step.rates[self.branch] if run.options.scale_by_keep else None
         if on_rows is not None and entered:
             others = on_rows.replay()[on_rows.program.result] if forward.phase is Phase.FREEZE else x
-            kept, lost = gates.undropped(forward.phase, x, None, self.keep_prob), gates.dropped(forward.phase, others)
+            kept, lost = gates.undropped(forward.phase, x, None, keep_prob), gates.dropped(forward.phase, others)
             gated = on_rows.leave(kept, lost)
         else:
             source = next(trees.tensors(given)) if self.point.of_block else None
@@ -184,7 +180,7 @@ class GateHook(RunHook):
             alike = forward.kept[self.branch] in (0, forward.rows)
             if not alike or self.branch in run.in_graph or not may_leave_no_graph(run):
                 keep = gates.broadcast_rows(forward.keep(self.branch, x.device), x, self.point)
-            gated = gates.gate(forward.phase, keep, x, source, self.keep_prob)
+            gated = gates.gate(forward.phase, keep, x, source, keep_prob)
         if forward.graph is None and gated.requires_grad:
             run.step.mark(forward, gated)  # for a loss that is not made of what the model returns
         if gated is x:
@@ -194,16 +190,18 @@ class GateHook(RunHook):
     def gate_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in one graph for all masks: no work is skipped, and no mask is looked at."""
         run, phase, output = self.run, self.run.step.phase, given[-1]
-        if run.compiled is None or phase not in run.gated_phases:
+        compiled.ready(id(run))
+        if run.compiled is None or not torch.is_grad_enabled() or not run.blocks[self.branch].training:
             return None
-        if not torch.is_grad_enabled() or not run.blocks[self.branch].training:
+        compiled.traced(id(run), self.branch)
+        if phase not in run.gated_phases:
             return None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         source = next(trees.tensors(given)) if self.point.of_block else None
-        compiled.traced(id(run), self.branch)
         x = compiled.marked(run, self.branch, x)
         keep = gates.broadcast_rows(run.compiled[0][self.branch].to(x.device, non_blocking=True), x, self.point)
-        return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, self.keep_prob))
+        keep_prob = run.compiled[2][self.branch] if run.compiled[2] is not None else None
+        return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, keep_prob))
 
 
 class IdleHook(RunHook):
@@ -246,10 +244,11 @@ class CutHook(RunHook):
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in one graph for all masks."""
-        masks, phase = self.run.compiled, self.run.step.phase
-        if masks is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
+        compiled.ready(id(self.run))
+        given_to, phase = self.run.compiled, self.run.step.phase
+        if given_to is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
             return None
-        return self._cut(given, lambda x: masks[0][self.branch].to(x.device, non_blocking=True))
+        return self._cut(given, lambda x: given_to[0][self.branch].to(x.device, non_blocking=True))
 
     def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool]) -> Any:
         place = given if self.point.of_input else given[-1]

@@ -48,7 +48,7 @@ class Places:
         self._ends: list[list[nn.Module]] = [[] for _ in branches]
         """The modules at which it is gated or cut."""
         module = run.model.get_submodule
-        user_hooks.check_ends({gate.module: module(gate.module) for b in branches if b.rate > 0 for gate in b.gates})
+        user_hooks.check_ends({gate.module: module(gate.module) for b in branches if b.gated for gate in b.gates})
         called = {o.target for p in programs.values() for o in p.operations if isinstance(o.target, str)}
         self._called = {name: [*module(name).modules()] for name in called}
         self._slots: dict[str, Slot] = {}
@@ -117,7 +117,7 @@ class Places:
             if not any(moved.names[name] for name in branch.parameters):
                 parameters = tuple(name for name in branch.parameters if name not in now)
             branches[index] = branch = replace(branch, parameters=parameters)
-            if branch.rate == 0:
+            if not branch.gated:
                 continue
             points = (*branch.gates, *branch.cuts)
             names = self._present(points, self._ends[index], modules)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,18 +16,20 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from rdp import masks, refusals, trees
+from rdp import refusals, trees
 from rdp.branches import Branch
 from rdp.distributed.agreement import Agreement
 from rdp.distributed.ranks import Ranks
 from rdp.errors import ForwardError
 from rdp.options import Options
-from rdp.phases import Phase, Schedule
-from rdp.training import gates
+from rdp.phases import Phase
+from rdp.training import compiled, gates
+from rdp.training.cycles import Cycles
+from rdp.training.drawing import drawn
 from rdp.training.first_cycle import FirstCycle
 from rdp.training.frozen import Frozen, Probes, Slot, slots
 from rdp.training.recomputation import Calls
-from rdp.training.step import Draw, Forward, Step, next_node, sent
+from rdp.training.step import Draw, Forward, next_node
 from rdp.training.watch import Watch
 
 
@@ -56,13 +57,15 @@ class Run:
         expected: Names and rates of the branches that a state has which was loaded before they were known.
         ends: The first and the last of them that are gated.
         seed: Of the masks.
+        cycles: Makes the steps.
         step: The current step.
         masks: Of the latest training forward, bool `Tensor[branches, rows]`.
         first: What the first cycle has shown.
         calls: The calls of the model that are running.
         frozen: The parameters of the branches.
         attached: False once the hooks have been taken out of the model.
-        compiled: Masks and ticket of the forward that runs, for compiled code; None outside of one.
+        compiled: What compiled code is given of the forward that runs; None outside of one.
+        compiles: Was a part of the model seen to be compiled?
         pauses: How many `paused` contexts are open.
         optimizers: The wrapped ones, each of which has to step before the step is over.
         held: The parameters of the wrapped optimizers, by name.
@@ -71,11 +74,11 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, options: Options, ranks: Ranks, discover: Callable[..., None]) -> None:
-        self.model = model
-        self.options = options
-        self.discover = discover
+        self.model, self.options, self.discover = model, options, discover
         self.look: Callable[[], object] = bool
-        self.schedule = Schedule(options.phases)
+        self.probes = Probes()
+        self.cycles = Cycles(options, self.probes)
+        self.schedule = self.cycles.schedule
         self.gated_phases = (Phase.DROP, Phase.FREEZE) if options.freeze == "output" else (Phase.DROP,)
         self.branches: tuple[Branch, ...] = ()
         self.blocks: list[nn.Module] = []
@@ -83,29 +86,39 @@ class Run:
         self.ends: tuple[int, ...] = ()
         self.seed = options.seed
         self.frozen = Frozen((), {})
-        self.probes = Probes()
         self.calls = Calls()
         self.watch = Watch(model)
         self.first = FirstCycle()
         self.agreement = Agreement(ranks, self.facts)
-        self.attached = True
-        self.compiled: tuple[Tensor, Tensor | None] | None = None
-        self.pauses = 0
+        self.attached, self.several, self.pauses = True, False, 0
+        self.compiled: compiled.Given | None = None
+        self.compiles = False
         self.optimizers: list[Stepper] = []
         self.held: dict[str, Tensor] = {}
-        self.several = False
         self.in_graph: set[int] = set()
         self.go_to(0, {})
 
-    def go_to(self, number: int, replay: Mapping[int, Draw], forwards: Sequence[tuple[int, int]] = ()) -> None:
+    @property
+    def phase(self) -> Phase:
+        """The phase of the current step, which is plain all the same in a cycle whose rate is 0."""
+        return self.schedule.at(self.step.number)[0]
+
+    def go_to(
+        self,
+        number: int,
+        replay: Mapping[int, Draw],
+        forwards: Sequence[tuple[int, int]] = (),
+        rate: float | None = None,
+    ) -> None:
         """Go on at another step, or within it.
 
         Args:
             number: How many steps have ended before.
             replay: See `Step`.
             forwards: The position and the number of rows of each forward that has learnt in it.
+            rate: Of the cycle; None takes that of its DROP as it would be now.
         """
-        self.step = Step(number, *self.schedule.at(number), self.probes, replay)
+        self.step = self.cycles.step(number, replay, rate)
         self.masks = torch.ones(len(self.branches), 0, dtype=torch.bool, device="cpu")
         for position, rows in forwards:
             self._new_forward(position, rows).learnt = True
@@ -114,11 +127,12 @@ class Run:
     def found(self, branches: tuple[Branch, ...]) -> None:
         """The branches are known."""
         self.blocks = [self.model.get_submodule(branch.block) for branch in branches]
-        self.followed(branches, slots(self.model))
+        self.cycles.found(branches)
+        self.followed(self.cycles.rated(branches), slots(self.model))
         self.expected = None
-        gated = [index for index, branch in enumerate(branches) if branch.rate > 0]
+        gated = [index for index, branch in enumerate(branches) if branch.gated]
         self.ends = (*gated[:1], *gated[-1:])
-        self.go_to(self.step.number, self.step.replay, self.step.learnt())
+        self.go_to(self.step.number, self.step.replay, self.step.learnt(), self.step.rate)
 
     def followed(self, branches: tuple[Branch, ...], places: Mapping[str, Slot]) -> None:
         """The parameters of the branches are known, or known to be in other places than before."""
@@ -142,7 +156,7 @@ class Run:
         return {
             "the step": self.step.number,
             "the branches": [branch.name for branch in self.branches],
-            "the rates": [branch.rate for branch in self.branches],
+            "the rates": list(self.step.rates),
             "the seed": self.seed,
             "the phases, mode or sampling": (self.schedule.phases, self.options.mode, self.options.sampling),
         }
@@ -174,8 +188,7 @@ class Run:
             forward = self.begin_forward(rows)
             forward.running, forward.nodes = True, (next_node(), 0)
             self.first.called((args, kwargs), forward)
-            if "torch._dynamo" in sys.modules:  # then parts of the model may be compiled
-                self.compiled = sent(forward.masks, next(module.parameters()).device), None
+            self.compiled = compiled.for_parts(self, forward.masks)
         finally:
             calls.running.append(forward)  # in any case, since `end` is called even after an error
 
@@ -197,26 +210,8 @@ class Run:
         number = 0 if options.freeze == "params" else position
         # FREEZE begins again where it has more forwards than DROP had.
         again = step.replayed[number % len(step.replay)] if step.replayed else Draw(number, rows)
-        draw = step.replayed.get(number, again)
-        if step.given is not None:
-            self.masks = step.given.clone()
-        elif step.phase is Phase.PLAIN:
-            self.masks = torch.ones(len(self.branches), rows, dtype=torch.bool, device="cpu")
-        elif draw.masks is not None and rows <= draw.rows:
-            self.masks = draw.masks[:, :rows]
-        else:
-            self.masks = masks.draw(
-                [branch.rate for branch in self.branches],
-                rows,
-                seed=self.seed,
-                cycle=step.cycle,
-                micro_batch=draw.number,
-                mode=options.mode,
-                rank=self.agreement.ranks.rank if self.several else 0,
-                fixed_among=draw.rows if options.sampling == "fixed" else None,
-            )
-            if rows == draw.rows:
-                draw = replace(draw, masks=self.masks)  # FREEZE does not draw them again
+        rank = self.agreement.ranks.rank if self.several else 0
+        self.masks, draw = drawn(step, step.replayed.get(number, again), rows, options, self.seed, rank)
         plain = [branch for branch, block in enumerate(self.blocks) if not block.training]
         if plain:
             self.masks = self.masks.clone()
@@ -299,8 +294,15 @@ class Run:
 
     def advance(self, frozen: frozenset[int]) -> None:
         """End the current step, in which these parameters were frozen."""
-        step, number = self.step, self.step.number + 1
+        step = self.step
         self.watch.step_ends(frozen)
         self.watch.counts(step, self.frozen)
-        self.step = Step(number, *self.schedule.at(number), self.probes, step.draws())
+        self.step = self.cycles.after(step)
         self.first.step_ends(self)
+
+    def set_rate(self, rate: float) -> None:
+        """Another rate, from the next DROP on; that is the current step if no forward of it has begun."""
+        self.cycles.rate = rate
+        self.branches = self.cycles.rated(self.branches)
+        if self.phase is Phase.DROP and not self.step.forwards:
+            self.go_to(self.step.number, self.step.replay)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,11 +110,13 @@ class Step:
 
     Args:
         number: How many steps have ended before.
-        phase: Its phase.
+        phase: What it does; PLAIN in a cycle whose rate is 0.
         cycle: Of its masks.
         probes: Some of the model's parameters.
         replay: What the forwards of the latest DROP step have drawn, by position.
         given: The masks of its forwards, if they are not to be drawn.
+        rate: Of the deepest branch in this cycle.
+        rates: Of all branches.
 
     Attributes:
         replayed: In FREEZE, what is drawn at a position: as DROP drew there or, where an early one was left empty, at a
@@ -133,12 +135,16 @@ class Step:
         probes: Probes,
         replay: Mapping[int, Draw],
         given: Tensor | None = None,
+        rate: float = 0.0,
+        rates: Sequence[float] = (),
     ) -> None:
         self.number = number
         self.phase = phase
         self.cycle = cycle
         self.replay = replay
         self.given = given
+        self.rate = rate
+        self.rates = rates
         drawn = replay if phase is Phase.FREEZE else {}
         late = iter(sorted(drawn.keys() - set(range(len(drawn)))))
         self.replayed = {place: drawn.get(place) or drawn[next(late)] for place in range(len(drawn))} | {**drawn}
