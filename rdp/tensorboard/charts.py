@@ -117,7 +117,7 @@ def training_panel(
     """Draw drops by branch, gradient norm by phase, live and frozen parameters, and metrics over steps.
 
     Args:
-        rates: Drop rate of each branch, as set.
+        rates: Drop rate of each branch in the same time.
         dropped: Fraction of rows that were dropped, by branch.
         history: The curves.
         title: First line of the image.

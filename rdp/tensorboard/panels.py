@@ -48,6 +48,7 @@ _DESCRIPTIONS = {
     "training/live_parameters": "Parameters that a row of this step reached the loss through.",
     "training/frozen_parameters": "Parameters that the optimizer leaves alone in this step.",
     "training/phase": "0 is PLAIN, 1 is DROP, 2 is FREEZE.",
+    "training/rate": "Drop rate of the deepest branch in this cycle, as the schedule and `handle.rate` make it.",
 }
 
 _PHASE_NUMBERS = {Phase.PLAIN: 0, Phase.DROP: 1, Phase.FREEZE: 2}
@@ -117,7 +118,7 @@ class Panels:
         self._history = History()
         self._calls = 0
         self._last_point: dict[Phase, int] = {}
-        self._dropped, self._rows = torch.zeros(0), 0
+        self._dropped, self._expected, self._rows = torch.zeros(0), torch.zeros(0), 0
 
     def log(self, step: int, **metrics: float | Tensor) -> None:
         """Record a training step: call it after `backward()`, before `optimizer.step()`.
@@ -133,9 +134,11 @@ class Panels:
         phase = self.handle.phase
         masks = self.handle.masks
         if phase is Phase.DROP:
-            dropped = (~masks).sum(dim=1)
+            dropped, rows = (~masks).sum(dim=1), masks.shape[1]
+            expected = torch.tensor(self.handle.rates) * rows
             self._dropped = self._dropped + dropped if self._rows else dropped
-            self._rows += masks.shape[1]
+            self._expected = self._expected + expected if self._rows else expected
+            self._rows += rows
         if self._calls - self._last_point.get(phase, -self._scalars_every) >= self._scalars_every:
             self._last_point[phase] = self._calls
             self._log_training(step, phase)
@@ -173,7 +176,7 @@ class Panels:
                 max_layers=self._max_layers,
                 max_nodes=self._max_nodes,
             )
-        rates = [branch.rate for branch in self.handle.branches]
+        rates = (self._expected / self._rows).tolist() if self._rows else list(self.handle.rates)
         dropped = (self._dropped / self._rows).tolist() if self._rows else [0.0] * len(rates)
         self.images["training/overview"] = training_panel(rates, dropped, self._history, title=title)
         self._rows = 0
@@ -217,7 +220,13 @@ class Panels:
             curves.setdefault(name, []).append((step, value))
         description = f"Norm of the whole gradient in {name} steps."
         self.events.scalar(f"training/gradient_norm_{name.lower()}", norm, step, description)
-        for tag, value in (("live_parameters", live), ("frozen_parameters", frozen), ("phase", _PHASE_NUMBERS[phase])):
+        others = {
+            "live_parameters": live,
+            "frozen_parameters": frozen,
+            "phase": _PHASE_NUMBERS[phase],
+            "rate": max(self.handle.rates),
+        }
+        for tag, value in others.items():
             self.events.scalar(f"training/{tag}", value, step, _DESCRIPTIONS[f"training/{tag}"])
 
     def _layers(self, features: list[Tensor]) -> list[Layer] | None:

@@ -32,15 +32,16 @@ def train_alone(run: Run, present: Callable[[int], Sequence[int]] | None = None)
     used = branches_of_parameters(copy.deepcopy(model).eval(), model.rows(2, 0))
     frozen = []
     for step in range(run.steps):
-        phase = ["DROP", "FREEZE"][step % 2]
+        rates = run.rates(step)
+        phase = ["DROP", "FREEZE"][step % 2] if any(rates) else "PLAIN"
         live: set[str] = set()
         with_data = range(run.ranks) if present is None else present(step)
         for k in range(max(map(len, run.rows))):
             parts = [(rank, run.rows[rank][k]) for rank in with_data if k < len(run.rows[rank])]
             x = torch.cat([batch(model, rows, step, k, rank) for rank, rows in parts])
             kept = torch.cat([draw(run, rows, step, k, rank) for rank, rows in parts], dim=1)
-            live |= live_parameters(used, kept, phase, run.rates)
-            output = oracle_forward(model, x, kept, phase, run.rates, run.freeze)
+            live |= live_parameters(used, kept, phase, rates)
+            output = oracle_forward(model, x, kept, phase, rates, run.freeze)
             losses = [loss(part) for part in output.split([rows for _, rows in parts])]
             (torch.stack(losses).sum() / run.ranks).backward()
         for name, parameter in model.named_parameters():
@@ -57,7 +58,7 @@ def train_alone(run: Run, present: Callable[[int], Sequence[int]] | None = None)
 def draw(run: Run, rows: int, step: int, k: int, rank: int) -> Tensor:
     """The masks of micro-batch `k` of a step on a rank."""
     drawn = masks.draw(
-        run.rates,
+        run.rates(step),
         rows,
         seed=0,
         cycle=step // 2,

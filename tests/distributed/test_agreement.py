@@ -51,6 +51,7 @@ def refused_step(arguments: dict[str, Any], advances: int) -> tuple[str, bool]:
         ({"seed": 1}, 0, "the seed"),
         ({"rate": 0.7}, 0, "the rates"),
         ({"decay": "constant"}, 0, "the rates"),
+        ({"rate_schedule": rdp.rate_schedules.warmup(100)}, 0, "the rates"),
         ({"mode": "batch"}, 0, "mode"),
         ({"sampling": "fixed"}, 0, "sampling"),
         ({"phases": (rdp.Phase.DROP,)}, 0, "phases"),

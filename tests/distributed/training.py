@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Run:
     rows: tuple[tuple[int, ...], ...] = ((4,), (4,))
     mode: str = "row"
     rate: float = 0.5
+    rate_schedule: Callable[[int], float] | None = None
     decay: str = "linear"
     sampling: str = "bernoulli"
     freeze: str = "output"
@@ -63,13 +65,19 @@ class Run:
     def attached(self, model: nn.Module) -> rdp.ResidualDropPath:
         """A handle on `model`."""
         return rdp.attach(
-            model, self.rate, mode=self.mode, decay=self.decay, sampling=self.sampling, freeze=self.freeze
+            model,
+            self.rate,
+            rate_schedule=self.rate_schedule,
+            mode=self.mode,
+            decay=self.decay,
+            sampling=self.sampling,
+            freeze=self.freeze,
         )
 
-    @property
-    def rates(self) -> list[float]:
-        """The drop probability of each branch."""
-        return branch_rates(self.build().blocks, self.rate, self.decay)
+    def rates(self, step: int) -> list[float]:
+        """The drop probability of each branch in a step: FREEZE has those of the DROP before it."""
+        factor = 1.0 if self.rate_schedule is None else self.rate_schedule(step - step % 2)
+        return branch_rates(self.build().blocks, self.rate * factor, self.decay)
 
 
 def batch(model: Architecture, rows: int, step: int, k: int, rank: int) -> Tensor:

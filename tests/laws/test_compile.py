@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import rdp
 from laws.architectures import BlockMLP, ConvNet, Transformer
+from laws.oracle import oracle_forward
 from laws.strategies import Case
 from laws.training import loss
 
@@ -75,6 +77,36 @@ def test_a_compiled_model_trains_as_the_oracle_with_a_graph_for_each_phase(case,
         handle.advance()
         made.append(graphs.made)
     assert made == [1] + [2] * 5, "one graph for DROP, one for FREEZE"
+
+
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["whole", "by block"])
+@pytest.mark.parametrize("scale_by_keep", [False, True])
+@pytest.mark.parametrize("case", [ROW, replace(ROW, arguments=("post_norm", 2)), CONV], ids=["pre", "post", "conv"])
+def test_no_graph_is_made_for_another_rate(case, scale_by_keep, in_blocks):
+    """One for the plain cycle, and one for each phase."""
+    case = replace(case, scale_by_keep=scale_by_keep)
+    model = case.model()
+    reference = copy.deepcopy(model)
+    handle = case.attach(model, example_inputs=model.rows(2, 0), rate_schedule=lambda step: min(step / 8, 1))
+    graphs = Graphs()
+    for part in (
+        dict.fromkeys(model.get_submodule(branch.block) for branch in handle.branches) if in_blocks else [model]
+    ):
+        part.compile(backend=graphs)
+    made = []
+    for step in range(12):
+        x = model.rows(4, step)
+        output = model(x)
+        phase = handle.phase.name if any(handle.rates) else "PLAIN"
+        expected = oracle_forward(reference, x, handle.masks, phase, handle.rates, "output", scale_by_keep)
+        torch.testing.assert_close(output, expected)
+        loss(output).backward()
+        model.zero_grad()
+        handle.advance()
+        made.append(graphs.made)
+    assert made[4:] == made[3:4] * 8
+    assert made[3] == 3 * made[0]
+    assert handle.check().ok or case is CONV, str(handle.check())
 
 
 def test_a_model_compiled_and_called_before_attach_still_drops():

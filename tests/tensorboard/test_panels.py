@@ -77,8 +77,9 @@ def test_everything_is_written_with_a_description(tmp_path: Path) -> None:
     written = events(tmp_path)
     assert set(written) == {
         "about/text_summary", "features/nodes", "features/similarity", "training/overview", "feature_reuse/reused",
-        "feature_reuse/recreated", "metrics/loss", "metrics/accuracy", "training/phase", "training/live_parameters",
-        "training/frozen_parameters", "training/gradient_norm_drop", "training/gradient_norm_freeze",
+        "feature_reuse/recreated", "metrics/loss", "metrics/accuracy", "training/phase", "training/rate",
+        "training/live_parameters", "training/frozen_parameters", "training/gradient_norm_drop",
+        "training/gradient_norm_freeze",
     }  # fmt: skip
     for tag, points in written.items():
         assert points[0][2] or tag.startswith("about"), tag
@@ -87,8 +88,22 @@ def test_everything_is_written_with_a_description(tmp_path: Path) -> None:
     assert [step for step, _, _ in written["training/gradient_norm_drop"]] == [0, 2, 4, 6]
     assert [step for step, _, _ in written["training/gradient_norm_freeze"]] == [1, 3, 5, 7]
     assert [value for _, value, _ in written["training/phase"]] == [1, 2] * 4
+    assert [value for _, value, _ in written["training/rate"]] == [0.5] * 8
     for name in ("features_nodes", "features_similarity", "training_overview"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rate_is_a_curve(tmp_path: Path) -> None:
+    model, points = MLP(), spiral(32)[0]
+    handle = rdp.attach(model, 0.5, rate_schedule=rdp.rate_schedules.warmup(4), example_inputs=points)
+    with Panels(handle, grid(8), tmp_path, grid_size=8, scalars_every=1) as panels:
+        for step in range(6):
+            model(points).square().sum().backward()
+            panels.log(step)
+            handle.advance()
+    assert [(step, value) for step, value, _ in events(tmp_path)["training/rate"]] == [
+        (0, 0.0), (1, 0.0), (2, 0.25), (3, 0.25), (4, 0.5), (5, 0.5),
+    ]  # fmt: skip
 
 
 def test_gradient_norm_and_reuse_are_the_true_ones(tmp_path: Path) -> None:
