@@ -44,13 +44,16 @@ def states() -> dict[str, Any]:
 def test_a_state_is_plain_numbers_of_what_has_learnt():
     model, handle = attached()
     fresh = {
-        "version": 3,
+        "version": 4,
         "branches": ["layers.0", "layers.1"],
         "rates": [0.5, 0.5],
         "phases": ["drop", "freeze"],
         "mode": "row",
         "sampling": "bernoulli",
         "seed": 7,
+        "rate": 0.5,
+        "cycle_rate": 0.5,
+        "factor": 1.0,
         "step_count": 0,
         "forwards": [],
         "replayed": [],
@@ -82,6 +85,9 @@ DAMAGED = [
     ("branches", "a"), ("branches", ["a", 1]),
     ("rates", 0.5), ("rates", ["0.5"]), ("rates", []),
     ("seed", -1), ("seed", 2**64), ("seed", True), ("seed", 1.0), ("seed", None),
+    ("rate", -0.1), ("rate", 1), ("rate", "0.5"), ("rate", None), ("rate", float("inf")),
+    ("cycle_rate", -0.1), ("cycle_rate", 1.0), ("cycle_rate", True), ("cycle_rate", None), ("cycle_rate", [0.5]),
+    ("factor", 1.5), ("factor", -1), ("factor", "1"), ("factor", False),
     ("step_count", -1), ("step_count", 2**62), ("step_count", False), ("step_count", "1"),
     ("forwards", None), ("forwards", [1]), ("forwards", [[0]]), ("forwards", [[0, 2, 2]]), ("forwards", [[0, -1]]),
     ("forwards", [[0, 1], [0, None]]), ("forwards", ((0, 1),)), ("forwards", [(0, 1)]), ("forwards", [[0, 2**24]]),
@@ -95,6 +101,18 @@ def test_a_damaged_value_is_named_and_nothing_is_loaded(key, value, phase):
     _, handle = attached(found=key != "rates")  # or it would be called another run's
     message = refused(handle, states()[phase] | {key: value})
     assert message == f"{key} in the state is damaged: {value!r}. Load another one"
+
+
+def test_a_state_from_before_rates_could_change_goes_on_with_the_rate_of_its_run():
+    model, handle = attached()
+    twin, expected = attached()
+    state = states()["FREEZE"]
+    expected.load_state_dict(state)
+    for key in ("rate", "cycle_rate", "factor"):
+        del state[key]
+    handle.load_state_dict(state | {"version": 3})
+    assert handle.state_dict() == expected.state_dict()
+    assert masks(model, handle, 3) == masks(twin, expected, 3)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -121,10 +139,10 @@ def test_the_last_sound_values_are_loaded(key, value):
     masks(model, handle, 2)
 
 
-@pytest.mark.parametrize("version", [4, -1, "3", True, None])
+@pytest.mark.parametrize("version", [5, -1, "4", True, None])
 def test_a_version_that_is_not_known_is_named(version):
     _, handle = attached()
-    message = f"the state has version {version!r}, this library reads 3; update it"
+    message = f"the state has version {version!r}, this library reads up to 4; update it"
     assert refused(handle, states()["DROP"] | {"version": version}) == message
 
 

@@ -110,9 +110,9 @@ def for_parts(run: Run, masks: Tensor) -> Given:
 
 
 def ready(run: int) -> bool:
-    """A part of the model is being compiled: copy what it is given. Called as `traced` is."""
+    """A part of the model is being compiled, not the whole, which has a ticket: copy what it is given. See `traced`."""
     this = _runs[run]
-    if this.compiled is not None and not this.compiles:
+    if this.compiled is not None and this.compiled[1] is None and not this.compiles:
         this.compiles = True
         this.compiled = for_parts(this, this.compiled[0])
     return True

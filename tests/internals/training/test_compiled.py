@@ -161,7 +161,7 @@ def test_what_runs_plainly_also_when_compiled():
         model.eval()
         assert torch.equal(model(x), reference.eval()(x))
         model.train()
-        handle._run.compiled = torch.zeros(2, 6, dtype=torch.bool), None  # of a forward that was interrupted
+        handle._run.compiled = torch.zeros(2, 6, dtype=torch.bool), None, None  # of a forward that was interrupted
         with handle.paused():
             assert torch.equal(model(x), reference.train()(x))
         assert torch.equal(model.body[0](model.stem(x)), reference.body[0](reference.stem(x)))
@@ -213,13 +213,13 @@ def test_operators_return_what_a_compiler_is_told():
     """And the masks are a copy: a later forward does not change them."""
     model, handle = attached()
     x = model.rows(7, 0)
-    masks, ticket = compiled.begin_forward(x, id(handle._run), 2)
+    masks, ticket, keep_probs = compiled.begin_forward(x, id(handle._run), 2)
     one = compiled.reached(x, ticket)
     told = (
         *compiled.begin_forward(x.to("meta"), id(handle._run), 2),
         compiled.reached(x.to("meta"), ticket.to("meta")),
     )
-    for made, expected in zip((masks, ticket, one), told, strict=True):
+    for made, expected in zip((masks, ticket, keep_probs, one), told, strict=True):
         assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
     assert (masks.device.type, ticket.device.type) == ("cpu", "cpu")
     assert torch.equal(masks, handle.masks)
@@ -229,12 +229,13 @@ def test_operators_return_what_a_compiler_is_told():
 
 def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
     model, handle = attached()
-    masks, ticket = compiled.begin_forward(model.rows(7, 0), id(handle._run), 2)
+    masks, ticket, keep_probs = compiled.begin_forward(model.rows(7, 0), id(handle._run), 2)
     (forward,) = handle._run.step.forwards
     assert forward.may_learn
     del ticket
     assert not forward.may_learn
     assert masks.shape == (2, 7)
+    assert keep_probs.tolist() == [1 - branch.rate for branch in handle.branches]
 
 
 def marked(run: Run, rows: int) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def test_a_replay_is_left_alone(kind):
     hook = {
         "entry": lambda: EntryHook(here, 1, on_rows),
         "later": lambda: LaterHook(here, "fc", on_rows),
-        "gate": lambda: GateHook(here, 1, SimpleNamespace(), None, on_rows),
+        "gate": lambda: GateHook(here, 1, SimpleNamespace(), on_rows),
     }[kind]()
     assert hook(nn.Identity(), (torch.zeros(4),), {}) is None
     assert (on_rows.passing, on_rows.entered) == ("left behind", None)

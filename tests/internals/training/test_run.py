@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import rdp
-from rdp import Phase
+from rdp import Phase, masks
 from rdp.distributed.ranks import Ranks
-from rdp.training import hooks
+from rdp.training import drawing, hooks
 from rdp.training import run as module
 from rdp.training.run import Run
 
@@ -92,6 +92,33 @@ def test_after_its_removal_a_handle_asks_nobody(ranks):
     handle.remove()
     run.settle()
     assert ranks.asked == []
+
+
+def test_masks_are_drawn_once_a_cycle_but_for_rows_that_drop_did_not_have(monkeypatch):
+    model, handle, run = attached()
+    drawn: list[int] = []
+
+    def draw_and_count(rates: Any, rows: int, **where: Any) -> Tensor:
+        drawn.append(rows)
+        return masks.draw(rates, rows, **where)
+
+    monkeypatch.setattr(drawing, "masks", SimpleNamespace(draw=draw_and_count))
+    for rows in (4, 3, 5):
+        learn(model, rows=4)
+        handle.advance()
+        model.zero_grad()
+        model.body[0].eval()  # plain in this forward alone
+        learn(model, rows=rows)
+        model.body.train()
+        expected = torch.tensor(draw([0.6] * 3, rows, seed=2, cycle=run.step.cycle, micro_batch=0))
+        assert torch.equal(handle.masks[1:], expected[1:])
+        assert handle.masks[0].all()
+        learn(model, rows=3)  # a second forward begins again at the first
+        expected = torch.tensor(draw([0.6] * 3, 3, seed=2, cycle=run.step.cycle, micro_batch=0))
+        assert torch.equal(handle.masks, expected)
+        handle.advance()
+        model.zero_grad()
+    assert drawn == [4, 4, 4, 5]
 
 
 def test_under_join_ranks_are_asked_of_each_forward_and_the_answers_of_those_that_count_are_joined(ranks):
