@@ -15,7 +15,7 @@ from rdp import trees
 from rdp.branches import Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
-from rdp.discovery.candidates import Candidate
+from rdp.discovery.candidates import Candidate, held
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, shortened
@@ -197,7 +197,7 @@ def _choose_branches(
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
         located = [replace(b, idle="without gradients") if b.name in idle else b for b in located]
-        outer = {c.name for c in chosen if any(c.holds(other) for other in chosen)}
+        outer = {c.name for c, others in zip(chosen, held(chosen), strict=True) if others}
         plan = plan.without(dict.fromkeys(outer, "another branch lies inside it"))
         scattered = {b.name for b in located if any(gate.rows and gate.rows.outer > 1 for gate in b.gates)}
         plan = plan.without(dict.fromkeys(scattered, "the entries of a row do not stand side by side"))

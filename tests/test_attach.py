@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import linecache
+import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
 import timm.layers
 import torch
-from laws.architectures import BlockMLP, LoopMLP
+from laws.architectures import BlockMLP, FoldedMLP, LoopMLP
 from laws.strategies import Case
 from laws.training import anatomy
 from torch import Tensor, nn
@@ -297,3 +299,26 @@ def test_all_branches_are_hooked_or_none(error):
     output, masks = model(x), handle.masks
     handle.remove()
     torch.testing.assert_close(output, CASE.oracle(model, x, masks, rdp.Phase.DROP))
+
+
+@pytest.mark.parametrize("architecture", [LoopMLP, FoldedMLP, BlockMLP], ids=lambda kind: kind.__name__)
+def test_attach_takes_as_long_a_branch_for_many_branches_as_for_few(architecture):
+    """Counted in calls of the library's functions."""
+
+    def calls(blocks: int) -> float:
+        model = architecture(("plain",) * blocks if architecture is BlockMLP else blocks)
+        count = 0
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal count
+            count += event == "call" and str(frame.f_globals.get("__name__")).startswith("rdp.")
+
+        sys.setprofile(note)
+        try:
+            handle = rdp.attach(model, decay="constant", example_inputs=model.rows(2, 0))
+        finally:
+            sys.setprofile(None)
+        return count / len(handle.branches)
+
+    calls(2)
+    assert calls(48) <= calls(12)

@@ -40,15 +40,23 @@ class Candidate:
         """The last of the modules that are masked; "" if there is none."""
         return self.seams[-1].call.name if self.seams else ""
 
-    def holds(self, other: Candidate) -> bool:
-        """Is the other one masked on the way from x to the end of this one?"""
-        return other is not self and any(seam.value in self.path for seam in other.seams)
-
     def ends(self, graph: Graph) -> list[End]:
         """Where it is gated."""
         if self.residuals and (not self.vouched or any(seam.of_block for seam in self.seams)):
             return [(r.sum, i) for r in self.residuals for i in (r.branch, *graph.factors(r.sum, r.shortcut, r.branch))]
         return [(None, seam.value) for seam in self.seams]  # what is masked, whatever becomes of it
+
+
+def held(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """For each of some candidates the places of those others that are masked on the way from x to its end."""
+    masked: dict[int, list[int]] = defaultdict(list)
+    for place, candidate in enumerate(candidates):
+        for seam in candidate.seams:
+            masked[seam.value].append(place)
+    return [
+        sorted({other for value in c.path if value in masked for other in masked[value]} - {place})
+        for place, c in enumerate(candidates)
+    ]
 
 
 def find_candidates(
@@ -136,12 +144,11 @@ def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate])
 
     sound = [c for c in candidates if c.reason is None]
     nesting = Nesting(graph, [c.ends(graph) for c in sound])
+    inside = held(sound)
     dropped: set[int] = set()
     for place, outer in reversed([*enumerate(sound)]):  # an outer sum comes after the inner ones
         # What lies inside but on no way from x, such as queries that are made elsewhere, is another branch's business.
-        inner = [
-            c for i, c in enumerate(sound) if outer.holds(c) and nesting.encloses(place, i) and id(c) not in dropped
-        ]
+        inner = [sound[i] for i in inside[place] if nesting.encloses(place, i) and id(sound[i]) not in dropped]
         if id(outer) in dropped or not inner:
             continue
         if sum(numel(c) for c in inner) < _INNER_SHARE * numel(outer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,11 @@ from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
+from rdp.discovery.trace import Call
 from rdp.rows.axes import Coupling, Place, row_axis, settle
+
+Twins = Mapping[tuple[str, int], Call]
+"""The calls of the forward of one row, by module and number."""
 
 
 @dataclass
@@ -52,7 +56,8 @@ class Places:
 
 def locate(candidates: Collection[Candidate], pair: Graph, single: Graph) -> dict[int, Places]:
     """The places of these branches by `id`, from forwards of two rows and of one."""
-    return {id(c): Places(_gates(c, pair, single), _cuts(c, pair, single)) for c in candidates}
+    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
+    return {id(c): Places(_gates(c, pair, single, twins), _cuts(c, pair, single, twins)) for c in candidates}
 
 
 def settle_by_row(
@@ -84,9 +89,8 @@ def settle_by_row(
     return coupling
 
 
-def _gates(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[str, int], RowAxis | None]:
+def _gates(candidate: Candidate, pair: Graph, single: Graph, twins: Twins) -> dict[tuple[str, int], RowAxis | None]:
     """Where the outputs that end a branch have rows, by module and number, from forwards of two rows and of one."""
-    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
     axes: dict[tuple[str, int], RowAxis | None] = {}
     for seam in candidate.seams:
         name, leaf = seam.call.name, seam.call.outputs.index(seam.value)
@@ -97,9 +101,8 @@ def _gates(candidate: Candidate, pair: Graph, single: Graph) -> dict[tuple[str, 
     return axes
 
 
-def _cuts(candidate: Candidate, pair: Graph, single: Graph) -> tuple[CutPoint, ...]:
+def _cuts(candidate: Candidate, pair: Graph, single: Graph, twins: Twins) -> tuple[CutPoint, ...]:
     """What FREEZE cuts besides the outputs that end a branch, each with its rows; a call stands for all of a module."""
-    twins = {(call.name, call.ordinal): call for call in single.trace.calls}
     points: dict[tuple[str, bool, int], CutPoint] = {}
     for cut in candidate.cuts:
         twin = twins.get((cut.call.name, cut.call.ordinal))

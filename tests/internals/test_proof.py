@@ -251,7 +251,7 @@ def test_a_part_without_gradients_that_is_dropped(mode, monkeypatch):
         model, 0.5, decay="constant", mode=mode, compute="dense", example_inputs=model.rows(2, 0)
     ) as handle:
         run = handle._run
-        gated = tuple(replace(b, rate=0.5) for b in run.branches)
+        gated = tuple(replace(b, share=1.0) for b in run.branches)
         installed = [hook for i, b in enumerate(gated) for hook in hooks.install(run, i, b, None)]
         run.found(gated)
         found = proof.prove(run, ((model.rows(2, 0),), {})).violations
