@@ -76,6 +76,9 @@ class MixWindows(nn.Module):
         return (h - h.mean(1, keepdim=True)).view(x.shape)
 
 
+ACTIVATION = nn.Tanh()
+
+
 def linear(windows: int = 1) -> nn.Linear:
     return nn.Linear(windows * WIDTH, windows * WIDTH)
 
@@ -105,6 +108,28 @@ def otherwise(s: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return s.out(s.mix(x=h, mask=mask) if s.how == "x by keyword" else s.mix(h, mask))
 
 
+def by_a_module(s: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """As in the residual blocks of diffusion models."""
+    h = s.mix(s.norm(x))
+    assert mask is not None
+    shift, scale = s.embed(torch.tanh(mask)[:, None, None].expand(-1, 1, WIDTH)).chunk(2, dim=-1)
+    return s.out(torch.tanh(h * (1 + scale) + shift))
+
+
+def shared_activation(s: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    return s.act(s.out(s.act(s.mix(s.act(s.norm(x))))))
+
+
+def shape_from_before(s: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    return s.out(s.norm(x).flatten(1).view(x.shape[0], -1, WIDTH))
+
+
+def otherwise_for_one_row(s: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Makes no copy of one row before its first module, and one after it."""
+    h = s.norm(x.transpose(0, 1).contiguous())
+    return s.out(h.contiguous().transpose(0, 1).contiguous())
+
+
 def norm_mix() -> dict[str, nn.Module]:
     return {"norm": nn.LayerNorm(WIDTH), "mix": Mix(), "out": linear()}
 
@@ -129,6 +154,22 @@ BRANCHES: dict[str, tuple[Callable[[Any, Tensor, Tensor | None], Tensor], Callab
         lambda: {"norm": nn.LayerNorm(WIDTH), "out": linear()},
     ),
     "another way": (otherwise, norm_mix),
+    "a tensor from outside by a module": (
+        by_a_module,
+        lambda: norm_mix() | {"embed": nn.Linear(WIDTH, 2 * WIDTH), "mix": linear()},
+    ),
+    "a tensor from outside": (
+        lambda s, x, mask: s.out(torch.tanh(s.mix(s.norm(x)) * mask[:, None, None])),
+        norm_mix,
+    ),
+    "x again": (lambda s, x, mask: s.out(torch.tanh(s.mix(s.norm(x)) * x)), norm_mix),
+    "two ways": (
+        lambda s, x, mask: s.out(s.mix(s.norm(x), s.query(x)[:, 0, 0])),
+        lambda: norm_mix() | {"query": linear()},
+    ),
+    "a shared activation": (shared_activation, lambda: norm_mix() | {"act": ACTIVATION, "out": linear()}),
+    "a shape from before": (shape_from_before, norm_mix),
+    "otherwise for one row": (otherwise_for_one_row, norm_mix),
 }
 
 
@@ -197,6 +238,24 @@ def test_it_runs_on_some_rows_and_is_exact(name):
     assert check(chain(name), batch(2), batch(6), batch(3), batch(1), batch(7))
 
 
+BEGINNINGS = {
+    "a tensor from outside": "a bare function takes a tensor from outside of the branch",
+    "x again": "a bare function takes a tensor from outside of the branch",
+    "two ways": "",
+    "a tensor from outside by a module": "",
+    "a shared activation": "",
+    "a shape from before": "a forward on some rows raised IndexError",
+    "otherwise for one row": "",
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_what_cannot_run_on_some_rows_may_come_first(name):
+    reason = BEGINNINGS[name] and f"rows from `blocks.1.out` on: {BEGINNINGS[name]}"
+    with rdp.attach(chain(name), 0.5, example_inputs=batch(2)) as handle:
+        assert handle.branches[1].note == reason
+
+
 @pytest.mark.parametrize("name", ["a mask", "a parameter and a buffer", "rows on the second axis", "windows first"])
 def test_other_numbers_of_tokens_than_when_the_branch_was_found(name):
     check(chain(name), batch(2, 4), batch(6, 8), batch(6, 4), batch(4, 2))
@@ -228,6 +287,14 @@ def test_a_module_that_is_called_in_another_way_without_x_says_so():
     )
 
 
+def test_a_module_that_makes_what_is_not_x_and_is_called_in_another_way_says_so():
+    model = chain("a tensor from outside by a module")
+    rdp.attach(model, 0.5, decay="constant", example_inputs=batch(2))
+    x, mask = batch(6)
+    with pytest.raises(rdp.ForwardError, match=r"`blocks.0.embed` is called with other arguments"):
+        model(x, mask[:1])
+
+
 def test_a_forward_that_failed_in_a_branch_leaves_nothing_behind():
     model = chain("a mask")
 
@@ -244,20 +311,24 @@ def test_a_forward_that_failed_in_a_branch_leaves_nothing_behind():
 
 
 class OnlyInTraining(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
         super().__init__()
-        self.mix, self.out = linear(), linear()
+        self.mix, self.out, self.end, self.where = linear(), linear(), nn.Identity(), where
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(x)
-        return x + self.out(h * 1.5 if self.training else h)
+        h = self.out(h * 1.5 if self.training and self.where == "mix" else h)
+        return x + self.end(h * 1.5 if self.training and self.where == "out" else h)
 
 
-def test_what_is_otherwise_in_training_than_it_was_traced_is_dense():
+@pytest.mark.parametrize("name", ["mix", "out"])
+def test_what_is_otherwise_in_training_than_it_was_traced_is_dense(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        handle = rdp.attach(nn.Sequential(OnlyInTraining()), 0.5, compute="rows", example_inputs=batch(2)[0].float())
-    assert [branch.note for branch in handle.branches] == ["dense: its rows influence each other"]
+        model = nn.Sequential(OnlyInTraining(name))
+        (branch,) = rdp.attach(model, 0.5, compute="rows", example_inputs=batch(2)[0].float()).branches
+    where = {"mix": "rows from `0.out` on", "out": "dense"}[name]
+    assert branch.note == f"{where}: its rows influence each other"
 
 
 def test_dropout_is_dense_by_default_and_applied_to_all_rows_with_compute_rows():

@@ -199,7 +199,7 @@ class BranchOnRows:
         """The arguments of a module with all rows again, since it is called in another way than was recorded."""
         number, split = self._numbers[name], passing.split
         inner = _inner(self.program.operations[number], leaves)
-        if inner.keys() != self.program.operations[number].taken.keys():
+        if not inner or inner.keys() != self.program.operations[number].taken.keys():
             self.passing = None
             raise ForwardError(
                 f"`{name}` is called with other arguments than when the branch was found, and x is not among them. "

@@ -29,13 +29,14 @@ class Operation:
         leaves: The same, by the keys that lead to each.
         taken: The values among them, each with these keys.
         outputs: The values that its output tensors are; None for those not needed.
-        silent: A module that passes its only argument through in eval mode, such as Dropout.
+        unhooked: A module that cannot be called otherwise, since it is a function of one tensor: Dropout, which passes
+            it through in eval mode, or an activation, which may be called elsewhere, too.
     """
 
     target: str | Callable[..., Any]
     arguments: Arguments
     outputs: tuple[int | None, ...]
-    silent: bool = False
+    unhooked: bool = False
     leaves: Leaves = field(init=False, repr=False)
     taken: Mapping[int, Path] = field(init=False, repr=False)
 
@@ -58,6 +59,7 @@ class Program:
         shape: Of the value `start`, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
         batch_norm: Is there a batch normalisation, whose statistics are then those of the rows that run together?
+        why_not_before: Why it does not begin with an earlier module of the branch, if there is one.
         kind: The functions that were called, in its modules too, and the classes of these.
     """
 
@@ -69,6 +71,7 @@ class Program:
     result_leaf: int
     batch_norm: bool = False
     kind: tuple[str, ...] = field(default=(), repr=False)
+    why_not_before: str = field(default="", repr=False)
 
     @property
     def entry(self) -> str:
@@ -77,11 +80,11 @@ class Program:
 
     @property
     def later_modules(self) -> list[str]:
-        """The other modules that are called, in order, but for silent ones, which cannot be called otherwise."""
+        """The other modules that are called, in order, but for those that cannot be called otherwise."""
         return [
             operation.target
             for operation in self.operations[1:]
-            if isinstance(operation.target, str) and not operation.silent
+            if isinstance(operation.target, str) and not operation.unhooked
         ]
 
     @property

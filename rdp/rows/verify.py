@@ -69,18 +69,21 @@ def _verify(model: nn.Module, pair: Inputs, programs: Programs, expected: Output
     failed: dict[str, str] = {}
     while remaining := {name: program for name, program in programs.items() if name not in failed}:
         entered: list[str] = []
+        left: list[str] = []
         try:
-            failed |= _run(model, pair, remaining, expected, entered)
+            failed |= _run(model, pair, remaining, expected, entered, left)
             break
         except Exception as error:
-            culprits = entered[-1:] or remaining
+            culprits = entered[-1:] or left[-1:] or remaining
             failed |= dict.fromkeys(culprits, f"a forward on some rows raised {type(error).__name__}")
     return failed
 
 
-def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, entered: list[str]) -> dict[str, str]:
+def _run(
+    model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, entered: list[str], left: list[str]
+) -> dict[str, str]:
+    """Note which branches are running, and which have been left, in the order in which they were."""
     different: dict[str, str] = {}
-    seen: set[str] = set()
     may_stop = only_device(model) is not None  # asked before there are hooks
     hooks = []
     watch = Watch()
@@ -109,7 +112,6 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             if branch.replaying:
                 return None
-            seen.add(name)
             draws = [drawn()] != drawn_before[-1:]
             leaf, replaced = program.result_leaf, output
             if branch.passing is None:
@@ -125,7 +127,8 @@ def _run(model: nn.Module, pair: Inputs, programs: Programs, expected: Outputs, 
                 # What follows is checked against the plain forward again, not against this one's rounding errors.
                 replaced = trees.with_tensor(output, leaf, wanted.clone())
             entered.remove(name)
-            if may_stop and len(seen) == len(programs):
+            left.append(name)
+            if may_stop and len(left) == len(programs):
                 raise Enough
             return replaced
 

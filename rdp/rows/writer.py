@@ -7,93 +7,109 @@ argument that doubles with the batch is a multiple of the number of rows.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from rdp import trees
 from rdp.branches import RowAxis
+from rdp.discovery import ops
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
-from rdp.discovery.trace import Arguments, Call, Ref
-from rdp.rows.arguments import Named, Outside, Rows
-from rdp.rows.axes import row_axis
+from rdp.discovery.trace import Call
+from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis
 from rdp.rows.program import Operation, Program
-
-_PLAIN = (bool, int, float, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
-
-
-class NotIndependent(Exception):
-    """Why a branch cannot be run on some of the rows."""
+from rdp.rows.twins import Twins
 
 
-def branch_program(
-    graph: Graph, single: Graph, model: nn.Module, residual: Residual, seam: Seam, allow_batch_norm: bool = False
-) -> Program:
-    """Write down the branch of `residual` as a program.
+def branch_programs(
+    graph: Graph, twins: Twins, model: nn.Module, residual: Residual, seam: Seam, allow_batch_norm: bool = False
+) -> Iterator[Program]:
+    """Write down the branch of `residual` as a program: as a whole, and what follows each of its modules.
+
+    What cannot run on some of the rows, such as a function that takes a tensor from outside, may come before that which
+    can; it is then run on all of them, in the model's own forward.
 
     Args:
         graph: Of a forward of two rows.
-        single: Of the same forward of one row.
+        twins: Of the same forward of one row.
         model: The traced model.
         residual: The sum that the branch feeds.
         seam: Where the branch ends.
         allow_batch_norm: Accept batch normalisation.
 
+    Yields:
+        One program after the other, each shorter than the one before; all of them with layers that have weights.
+
     Raises:
-        NotIndependent: If that is not possible, or an operation couples the rows.
+        NotIndependent: If there is none; why there is no longer one.
     """
-    if len(graph.values) != len(single.values):
-        raise NotIndependent("the model computes differently for one row")
     path = graph.between(residual.fork, seam.value)
-    aside = {user for i in path - {seam.value} for user in graph.values[i].users} - path
+    sequence, why = _sequence(graph, residual, path), None
+    for number, item in enumerate(sequence):
+        if not isinstance(item, Call) or passes_through(item, path):
+            continue
+        if number and not any(graph.values[i].op in ops.WEIGHTED | ops.MIXING for i in path if i >= item.begin):
+            break
+        try:
+            program = _program(graph, twins, model, residual, seam, path, sequence[number:], allow_batch_norm)
+        except NotIndependent as reason:
+            why = why or reason
+        else:
+            yield program if why is None else replace(program, why_not_before=str(why))
+            why = NotIndependent("")
+    if why is None or str(why):
+        raise why or NotIndependent("no module is called in it")
+
+
+def _program(
+    graph: Graph,
+    twins: Twins,
+    model: nn.Module,
+    residual: Residual,
+    seam: Seam,
+    path: set[int],
+    sequence: list[Call | int],
+    allow_batch_norm: bool,
+) -> Program:
+    """The program that begins with the first call of `sequence`.
+
+    Raises:
+        NotIndependent: If there is none, or an operation couples the rows.
+    """
+    around = graph.owners(residual.sum)
+    entry = sequence[0]
+    assert isinstance(entry, Call)
+    writer = Writer(graph, twins, model, around, entry, path, residual.fork)
+    for item in sequence:
+        if item is entry or writer.concerns(item):
+            if isinstance(item, Call) and item.begin <= residual.fork:
+                raise NotIndependent("the fork lies inside a module of the branch")
+            writer.write(item)
+    operations, inside = writer.operations, writer.inside
+    if any(value in inside and caller in around for value, caller in graph.trace.dropouts):
+        raise NotIndependent("a bare function applies dropout")
+    cut = {value for value in inside - {seam.value} if graph.values[value].is_data}
+    aside = {user for value in cut for user in graph.values[value].users} - inside
     if graph.reaches_output(aside, around=()):
         raise NotIndependent("its modules serve something else too")
-    around = graph.owners(residual.sum)
-    if any(value in path and caller in around for value, caller in graph.trace.dropouts):
-        raise NotIndependent("a bare function applies dropout")
-    writer = _Writer(graph, single, residual, path)
-    for item in itertools.dropwhile(lambda item: not isinstance(item, Call), _sequence(graph, residual, path)):
-        if isinstance(item, Call) and _side_outputs(graph, single, item, path):
-            raise NotIndependent(f"`{item.name}` makes something else of the rows, too")
-        writer.write(item)
-    operations = writer.operations
     start = _start(operations[0], path | {residual.fork})
-    _check_chain(operations, start, path | {residual.fork})
+    _check_chain(operations, start, inside | {start})
     axes: dict[int, RowAxis] = {}
     batch_norm = False
     for operation in operations:
         if isinstance(operation.target, str):
-            has_batch_norm = _check_module(graph, model, operation.target, once=not operation.silent)
+            has_batch_norm = _check_module(graph, model, operation, is_entry=operation is operations[0])
             if has_batch_norm and not allow_batch_norm:
                 raise NotIndependent(f"{has_batch_norm}, see compute='ghost'")
             batch_norm |= bool(has_batch_norm)
-            axes |= {value: _needed_row_axis(graph, single, value) for value in operation.taken}
-    axes[seam.value] = _needed_row_axis(graph, single, seam.value)
+            axes |= {value: _needed_row_axis(graph, twins, value) for value in operation.taken}
+    axes[seam.value] = _needed_row_axis(graph, twins, seam.value)
     shape, result_leaf = graph.values[start].shape, seam.call.outputs.index(seam.value)
-    kind = (*(graph.values[value].op for value in sorted(path)), *_classes(model, operations))
+    kind = (*(graph.values[value].op for value in sorted(inside)), *_classes(model, operations))
     return Program(start, seam.value, tuple(operations), axes, shape, result_leaf, batch_norm, kind)
-
-
-def _side_outputs(graph: Graph, single: Graph, call: Call, path: set[int]) -> list[int]:
-    """Values that a module of the branch makes of other tensors than x, and that are used elsewhere, with all rows.
-
-    A gate from outside, for example, that a norm returns beside its own output.
-    """
-
-    def follows_batch(value: int) -> bool:
-        return any(graph.values[i].shape != single.values[i].shape for i in {value} | graph.ancestors(value, since=0))
-
-    def used_elsewhere(value: int) -> bool:
-        users = [user for user in graph.values[value].users if not call.begin <= user < call.end]
-        return graph.reaches_output(users + [value] * (value in graph.outputs), around=())
-
-    made = range(call.begin, min(call.end, len(graph.values)))
-    return [value for value in made if value not in path and used_elsewhere(value) and follows_batch(value)]
 
 
 def _classes(model: nn.Module, operations: list[Operation]) -> list[str]:
@@ -117,7 +133,8 @@ def _check_chain(operations: list[Operation], start: int, inside: set[int]) -> N
         if not operation.taken.keys() & inside <= reachable:
             raise NotIndependent("the branch is not a chain of modules")
         made = {value for value in operation.outputs if value is not None}
-        reachable = made if isinstance(operation.target, str) else reachable | made
+        # A module that takes nothing of the branch may stand between a value and its use.
+        reachable = made if isinstance(operation.target, str) and operation.taken else reachable | made
 
 
 def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | int]:
@@ -127,8 +144,6 @@ def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | i
     for index in sorted(path):
         owner = graph.values[index].owner
         inner = [call for call in owner.chain() if call not in around] if owner is not None else []
-        if inner and inner[-1].begin <= residual.fork:
-            raise NotIndependent("the fork lies inside a module of the branch")
         item: Call | int = inner[-1] if inner else index
         if item not in sequence:
             sequence.append(item)
@@ -136,7 +151,7 @@ def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | i
     silent = [
         call
         for call in graph.trace.calls
-        if call.parent in around and call not in around and _passes_through(call, path) and call.end <= residual.sum
+        if call.parent in around and call not in around and passes_through(call, path) and call.end <= residual.sum
     ]
     # A silent call is over when the next value is made.
     when = [(call.begin, 0) for call in silent] + [(i.begin if isinstance(i, Call) else i, 1) for i in sequence]
@@ -144,94 +159,17 @@ def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | i
     return [[*silent, *sequence][i] for i in order]
 
 
-def _passes_through(call: Call, path: set[int]) -> bool:
-    return call.begin == call.end and call.outputs[:1] == call.inputs[:1] and bool(path & set(call.outputs))
-
-
-class _Writer:
-    """Turns recorded calls into operations."""
-
-    def __init__(self, graph: Graph, single: Graph, residual: Residual, path: set[int]) -> None:
-        self.graph, self.single = graph, single
-        self.inside = path | {residual.fork}
-        self.operations: list[Operation] = []
-
-    def write(self, item: Call | int) -> None:
-        """Append the operation of a module call, or of the function that made a value."""
-        if isinstance(item, Call):
-            twin = next(c for c in self.single.trace.calls if c.name == item.name and c.ordinal == item.ordinal)
-            arguments = self._merge(item.arguments, twin.arguments, in_module=True)
-            outputs = tuple(i if i in self.inside else None for i in item.outputs)
-            operation = Operation(item.name, arguments, outputs)
-            silent = _passes_through(item, self.inside) and len(operation.leaves) == 1
-            self.operations.append(replace(operation, silent=silent))
-            return
-        recipe, twin_recipe = self.graph.values[item].recipe, self.single.values[item].recipe
-        if recipe is None or twin_recipe is None:
-            raise NotIndependent("a value was written through an alias")
-        arguments = self._merge(recipe.arguments, twin_recipe.arguments, in_module=False)
-        self.operations.append(Operation(recipe.func, arguments, (*[None] * recipe.leaf, item)))
-
-    def _merge(self, two: Arguments, one: Arguments, in_module: bool) -> Arguments:
-        """Arguments for any number of rows, from those for two rows and for one."""
-        pair, single = trees.leaves(two), trees.leaves(one)
-        if pair.keys() != single.keys():
-            raise NotIndependent("an argument changes its length with the batch")
-        merged = iter([self._merge_leaf(leaf, single[path], in_module) for path, leaf in pair.items()])
-        arguments: Arguments = trees.map_leaves(lambda _: next(merged), two)
-        return arguments
-
-    def _merge_leaf(self, two: Any, one: Any, in_module: bool) -> Any:
-        if type(two) is not type(one):
-            raise NotIndependent("an argument changes its type with the batch")
-        if isinstance(two, Ref):
-            return self._merge_tensor(two, one, in_module)
-        if not isinstance(two, _PLAIN):
-            raise NotIndependent(f"an argument is a {type(two).__name__}, which may have a state")
-        if two == one:
-            return two
-        if isinstance(two, int) and two == 2 * one:
-            return Rows(int(one))
-        raise NotIndependent("an argument depends on the batch")
-
-    def _merge_tensor(self, two: Ref, one: Ref, in_module: bool) -> Any:
-        value = self.graph.values[two.value]
-        if two.value != one.value:
-            raise NotIndependent("the model computes differently for one row")
-        if two.value in self.inside:
-            return two
-        if value.parameter is not None:
-            return Named(value.parameter)
-        if not in_module:
-            if value.is_data:
-                raise NotIndependent("a bare function takes a tensor from outside of the branch")
-            self.inside.add(two.value)  # a parameter in another form: make it again
-            self.write(two.value)
-            return two
-        shape = value.shape
-        return Outside(_row_axis(self.graph, self.single, two.value), shape[0] if shape else 0)
-
-
-def _row_axis(graph: Graph, single: Graph, index: int) -> RowAxis | None:
-    """The axis on which a value has its rows; None if it has none, and is the same for every batch."""
-    two, one = graph.values[index].shape, single.values[index].shape
-    axis = row_axis(two, one)
-    if axis is None and two != one:
-        raise NotIndependent("an argument's shape follows the batch in an unclear way")
-    return axis
-
-
-def _needed_row_axis(graph: Graph, single: Graph, index: int) -> RowAxis:
-    axis = _row_axis(graph, single, index)
+def _needed_row_axis(graph: Graph, twins: Twins, index: int) -> RowAxis:
+    axis = row_axis(graph, twins, index)
     if axis is None:
         raise NotIndependent("a value in the branch is the same for every batch")
     return axis
 
 
-def _check_module(graph: Graph, model: nn.Module, name: str, once: bool) -> str:
+def _check_module(graph: Graph, model: nn.Module, operation: Operation, is_entry: bool) -> str:
     """The kind of batch normalisation inside, or ""."""
-    batch_norm = ""
-    if once and graph.trace.count[name] > 1:
+    name, batch_norm = str(operation.target), ""
+    if graph.trace.count[name] > 1 and (is_entry or not operation.unhooked):
         raise NotIndependent(f"`{name}` is called several times")
     for module in model.get_submodule(name).modules():
         kind = type(module).__name__

@@ -1,4 +1,4 @@
-"""Every reason for which a branch cannot be run on some of the rows, word by word as the handle's table shows it."""
+"""Every reason why a branch, or its beginning, cannot be run on some of the rows, word by word as in the table."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def rows_by_rows(s: Any, x: Tensor) -> Tensor:
     return fork + s.g(s.f(fork, x @ x.T))
 
 
+def used_again(s: Any, x: Tensor) -> Tensor:
+    h = s.f(x)
+    return x + s.h(s.g(h) * h)
+
+
 def another_output(s: Any, x: Tensor) -> Tensor:
     a, b = s.f(x)
     return a + b
@@ -78,7 +83,7 @@ REASONS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     ),
     "its modules serve something else too": (shared_first_module, linear(h=nn.Linear(DIM, DIM))),
     "its first module takes several tensors of the branch": (lambda s, x: x + s.f(x, x.tanh()), {"f": Takes()}),
-    "the branch is not a chain of modules": (lambda s, x: x + s.g(s.f(x) * x), linear()),
+    "the branch is not a chain of modules": (used_again, linear(h=nn.Linear(DIM, DIM))),
     "the fork lies inside a module of the branch": (another_output, {"f": Forks()}),
     "a value was written through an alias": (in_place_on_a_view, linear()),
     "a bare function applies dropout": (lambda s, x: x + s.g(functional.dropout(s.f(x), 0.5, s.training)), linear()),
@@ -107,7 +112,7 @@ REASONS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
         lambda s, x: x + torch.cat((s.f(x), s.g(x)), -1),
         {"f": nn.Linear(DIM, DIM // 2), "g": nn.Linear(DIM, DIM // 2)},
     ),
-    "it has dropout inside, see compute='rows'": (
+    "it has dropout inside; compute='rows' would run it on rows": (
         lambda s, x: x + s.f(x),
         {"f": nn.Sequential(nn.Linear(DIM, DIM), nn.Dropout(0.1))},
     ),
@@ -129,7 +134,8 @@ def test_a_dense_branch_says_why(reason: str) -> None:
     torch.manual_seed(0)
     body, layers = REASONS[reason]
     with rdp.attach(net(body, **layers), 0.5, decay="constant", example_inputs=torch.randn(4, DIM)) as handle:
-        notes = [branch.note.rpartition("dense: ")[2] for branch in handle.branches if branch.compute == "dense"]
+        notes = [branch.note.rpartition(": ")[2] for branch in handle.branches]
+        assert all(branch.note.startswith(("dense: ", "rows from ")) for branch in handle.branches if branch.note)
     assert reason in notes, str(handle)
 
 

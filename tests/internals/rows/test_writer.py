@@ -15,7 +15,8 @@ from rdp.discovery.find import find_branches, traced
 from rdp.discovery.forwards import take_rows, undisturbed
 from rdp.discovery.trace import Ref
 from rdp.rows.program import Operation, Program
-from rdp.rows.writer import branch_program
+from rdp.rows.twins import Twins
+from rdp.rows.writer import branch_programs
 
 DIM = 4
 
@@ -26,7 +27,8 @@ def written(model: nn.Module, *args: Tensor) -> list[Program]:
         pair, single = (take_rows((args, {}), rows) for rows in (2, 1))
         graph, alone = next(traced(model, pair, single))
         accepted = find_branches(graph, model).accepted
-        return [branch_program(graph, alone, model, c.residuals[0], c.seams[0]) for c in accepted]
+        twins = Twins(graph, alone)
+        return [next(branch_programs(graph, twins, model, c.residuals[0], c.seams[0])) for c in accepted]
 
 
 def renumbered(program: Program) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def renumbered(program: Program) -> dict[str, Any]:
     for operation in program.operations:
         arguments = trees.map_leaves(number, operation.arguments)
         made = [None if v is None else numbers.setdefault(v, len(numbers)) for v in operation.outputs]
-        operations.append(Operation(operation.target, arguments, tuple(made), operation.silent))
+        operations.append(Operation(operation.target, arguments, tuple(made), operation.unhooked))
     return {
         "operations": operations,
         "result": numbers[program.result],
@@ -119,7 +121,7 @@ def test_modules_that_pass_their_input_through_in_eval_mode_are_steps_all_the_sa
 
     program = block(branch, f=linear(), g=linear(), dropout=nn.Dropout(0.5))
     assert targets(program) == names
-    assert [operation.silent for operation in program.operations] == [name == "dropout" for name in names]
+    assert [operation.unhooked for operation in program.operations] == [name == "dropout" for name in names]
     assert program.later_modules == ["g"]
 
 
