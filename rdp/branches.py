@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
+
+NEVER = 1 << 30
+"""As many rows as no batch has."""
 
 Kind = Literal["identity", "parallel", "projection", "named"]
 
@@ -86,6 +89,8 @@ class Branch:
         rate: Drop probability, without a schedule.
         share: The same where that of the deepest branch is 1; 0 means that the branch is not gated at all.
         compute: "dense" runs all rows; "rows" runs only the rows that the step needs.
+        fewest: Of a branch that can run on rows, the fewest rows of a batch with which it does, since with fewer there
+            would be too little to gain; 0 if there is no such number.
         gates: The module outputs that are masked; several where a branch ends in a concatenation.
         cuts: Where else FREEZE stops gradients: what is not made from x but multiplied into the branch.
         idle: Why it does not train, "in eval mode" or "without gradients", if so when it was found; its rate is
@@ -109,11 +114,22 @@ class Branch:
     idle: str = ""
     note: str = ""
     share: float = 0.0
+    fewest: int = 0
 
     @property
     def gated(self) -> bool:
         """Can it be dropped, if only at another rate of the handle?"""
         return self.rate > 0 or self.share > 0
+
+    def sized(self, rows: int) -> Branch:
+        """The branch, as it runs in a batch of so many rows."""
+        if not self.fewest:
+            return self
+        small = "dense: too small to gain" + (f" with fewer than {self.fewest} rows" if self.fewest < NEVER else "")
+        note = self.note.removesuffix(small).removesuffix(", ")
+        if rows >= self.fewest:
+            return replace(self, compute="rows", note=note)
+        return replace(self, compute="dense", note=", ".join(filter(None, (note, small))))
 
 
 @dataclass(frozen=True)

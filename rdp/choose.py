@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.branches import Branch, Refusal
+from rdp.branches import NEVER, Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate, held
@@ -225,7 +225,8 @@ def _choose_branches(
             f"all {len(located)} residual branches that were found are in eval mode or run without gradients, so "
             "nothing is gated, and training is plain. Attach when they train"
         )
-    rated = tuple(plan.noted(branch) for branch in _rated(located, options))
+    rows = trees.batch_size((args, kwargs)) or 0
+    rated = tuple(plan.noted(branch).sized(rows) for branch in _rated(located, options))
     if options.scale_by_keep:
         unscalable = [b.name for b in rated if b.gated and any(gate.zero_only for gate in b.gates)]
         if unscalable:
@@ -233,7 +234,8 @@ def _choose_branches(
                 f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
-    return Choice(rated, refused, plan.programs, warnings=tuple(told))
+    programs = {name: program for name, program in plan.programs.items() if program.fewest < NEVER}
+    return Choice(rated, refused, programs, warnings=tuple(told))
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:

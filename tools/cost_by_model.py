@@ -4,7 +4,7 @@
     python tools/cost_by_model.py --only vit swin    # families whose name begins so
 
 Row mode, constant rate 0.1, mean of DROP and FREEZE over some cycles, whole model. A model whose branches run on rows
-and hold the share s of its FLOPs costs 1 - 0.35 s. Models without a branch that runs on rows are left out: they are
+and hold the share s of its FLOPs costs 1 - 0.35 s. What can run on rows does, however small it is. Models without a branch that runs on rows are left out: they are
 dense, for the reason that `print(handle)` gives (BatchNorm, mostly).
 """
 
@@ -54,7 +54,7 @@ def flops(model: nn.Module, inputs: dict[str, Tensor], backward: bool = True) ->
 
 def share_on_rows(model: nn.Module, pair: dict[str, Tensor]) -> float:
     """The part of the FLOPs of a forward that branches which run on rows have: half of it goes with one of two rows."""
-    options = {"decay": "constant", "sampling": "fixed", "native": "off"}
+    options = {"decay": "constant", "sampling": "fixed", "native": "off", "compute": "rows"}
     with rdp.attach(model, 0.5, example_inputs=pair, **options) as handle:
         on_one_row = flops(model, pair, backward=False)
         with handle.paused():
@@ -69,7 +69,7 @@ def row(entry: Entry, args: Args) -> str | None:
     model.train()
     try:
         share = share_on_rows(model, pair)
-        handle = rdp.attach(model, args.rate, decay="constant", example_inputs=pair, native="off")
+        handle = rdp.attach(model, args.rate, decay="constant", compute="rows", example_inputs=pair, native="off")
     except rdp.BranchError:
         return None
     on_rows = [branch for branch in handle.branches if branch.compute == "rows"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from rdp.branches import Branch
@@ -12,6 +13,7 @@ from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
+from rdp.rows.cost import fewest_rows
 from rdp.rows.operations import NotIndependent
 from rdp.rows.program import Program, draws_random_numbers
 from rdp.rows.twins import Twins
@@ -47,7 +49,9 @@ class Plan:
         elif branch.name in self.dense:
             why = f"dense: {self.dense[branch.name]}"
         note = ", ".join(filter(None, (branch.note, why)))
-        return replace(branch, note=note, compute="dense" if program is None else "rows")
+        if program is None:
+            return replace(branch, note=note)
+        return replace(branch, note=note, compute="rows", fewest=program.fewest)
 
 
 def plan_rows(
@@ -76,7 +80,12 @@ def plan_rows(
     if not allow_random:
         random = [name for name, program in programs.items() if draws_random_numbers(model, program)]
         dense |= dict.fromkeys(random, "it has dropout inside; compute='rows' would run it on rows")
-        programs = {name: program for name, program in programs.items() if name not in random}
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        programs = {
+            name: replace(program, fewest=fewest_rows(program.work, device))
+            for name, program in programs.items()
+            if name not in random
+        }
     return Plan(programs, dense, bool(wrong))
 
 

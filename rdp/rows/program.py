@@ -16,6 +16,7 @@ from rdp import trees
 from rdp.branches import RowAxis
 from rdp.discovery.trace import Arguments, Ref
 from rdp.rows.arguments import Leaves
+from rdp.rows.cost import Work
 from rdp.trees import Path
 
 
@@ -59,6 +60,8 @@ class Program:
         shape: Of the value `start`, when the branch was found.
         result_leaf: Which of the output tensors of the module that ends the branch the result is.
         batch_norm: Is there a batch normalisation, whose statistics are then those of the rows that run together?
+        work: What a row takes.
+        fewest: The fewest rows of a batch with which it gains from running on some of them.
         why_not_before: Why it does not begin with an earlier module of the branch, if there is one.
         kind: The functions that were called, in its modules too, and the classes of these.
     """
@@ -72,6 +75,8 @@ class Program:
     batch_norm: bool = False
     kind: tuple[str, ...] = field(default=(), repr=False)
     why_not_before: str = field(default="", repr=False)
+    work: Work = field(default=Work(), repr=False)
+    fewest: int = 0
 
     @property
     def entry(self) -> str:

@@ -19,6 +19,7 @@ from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
 from rdp.discovery.trace import Call
+from rdp.rows.cost import work
 from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis
 from rdp.rows.program import Operation, Program
 from rdp.rows.twins import Twins
@@ -109,7 +110,8 @@ def _program(
     axes[seam.value] = _needed_row_axis(graph, twins, seam.value)
     shape, result_leaf = graph.values[start].shape, seam.call.outputs.index(seam.value)
     kind = (*(graph.values[value].op for value in sorted(inside)), *_classes(model, operations))
-    return Program(start, seam.value, tuple(operations), axes, shape, result_leaf, batch_norm, kind)
+    done = work(graph, inside, [start, seam.value])
+    return Program(start, seam.value, tuple(operations), axes, shape, result_leaf, batch_norm, kind, work=done)
 
 
 def _classes(model: nn.Module, operations: list[Operation]) -> list[str]:

@@ -106,6 +106,8 @@ class EntryHook(RunHook):
             return None
         freeze, program = forward.phase is Phase.FREEZE, self.on_rows.program
         kept, rows = forward.kept[self.branch], forward.rows
+        if rows < program.fewest and self.run.step.given is None:  # too small to gain, but to be proved
+            return None
         if kept == rows or rows == 1 or (kept == 0 and (freeze or not may_leave_no_graph(self.run))):
             return None
         if program.batch_norm and not (kept == 0 < rows - 2 or (kept >= 2 and rows - kept >= 2)):

@@ -162,6 +162,7 @@ class Places:
             hook.remove()
         self._hooks[index] = []
         if self._programs.pop(branch.name, None) is not None:
+            branch = replace(branch.sized(branch.fewest), fewest=0)
             branch = replace(branch, compute="dense", note=", ".join(filter(None, (branch.note, f"dense: {why}"))))
         self._install(index, branch)
         points = (*branch.gates, *branch.cuts)

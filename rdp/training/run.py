@@ -55,6 +55,7 @@ class Run:
         branches: In forward order; empty until they have been found.
         blocks: The modules that add them.
         expected: Names and rates of the branches that a state has which was loaded before they were known.
+        rows: Of the batch of the latest training forward.
         ends: The first and the last of them that are gated.
         seed: Of the masks.
         cycles: Makes the steps.
@@ -83,6 +84,7 @@ class Run:
         self.branches: tuple[Branch, ...] = ()
         self.blocks: list[nn.Module] = []
         self.expected: tuple[list[str], list[float]] | None = None
+        self.rows = 0
         self.ends: tuple[int, ...] = ()
         self.seed = options.seed
         self.frozen = Frozen((), {})
@@ -129,7 +131,7 @@ class Run:
         self.blocks = [self.model.get_submodule(branch.block) for branch in branches]
         self.cycles.found(branches)
         self.followed(self.cycles.rated(branches), slots(self.model))
-        self.expected = None
+        self.expected, self.rows = None, 0
         gated = [index for index, branch in enumerate(branches) if branch.gated]
         self.ends = (*gated[:1], *gated[-1:])
         self.go_to(self.step.number, self.step.replay, self.step.learnt(), self.step.rate)
@@ -196,6 +198,8 @@ class Run:
         """Begin a training forward of `rows` rows: draw its masks."""
         self.look()
         step = self.step
+        if rows != self.rows and step.given is None:
+            self.rows, self.branches = rows, tuple(branch.sized(rows) for branch in self.branches)
         self.watch.forward_begins(step.phase, step.number, bool(step.stepped))
         forward = self._new_forward(step.place(), rows)
         if self.several:

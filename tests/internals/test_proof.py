@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rdp
 from rdp import proof, rows
 from rdp.discovery import candidates
-from rdp.rows import places, writer
+from rdp.rows import operations, places
 from rdp.rows.axes import Coupling
 from rdp.training import gates, hooks
 
@@ -173,7 +173,7 @@ def test_a_side_output_of_some_rows(net, monkeypatch):
     torch.manual_seed(0)
     model, inputs = net(), (torch.randn(2, test_side_outputs.WIDTH), torch.randn(2, test_side_outputs.WIDTH))
     assert refused(model, inputs) == []
-    monkeypatch.setattr(writer, "_side_outputs", lambda *_: [])
+    monkeypatch.setattr(operations, "_side_outputs", lambda *_: [])
     monkeypatch.setattr(rows.plan, "verify_programs", lambda *_: {})
     handle = rdp.attach(model, 0.5, decay="constant", verify=False, example_inputs=inputs)
     assert any(branch.compute == "rows" for branch in handle.branches)

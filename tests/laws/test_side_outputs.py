@@ -105,7 +105,7 @@ def test_the_reason_is_in_the_table_and_what_is_the_same_for_all_rows_is_none() 
     x = torch.randn(3, WIDTH)
     with rdp.attach(Gate(), 0.5, decay="constant", example_inputs=(x, x)) as handle:
         assert {b.note for b in handle.branches} == {
-            f"dense: `both.{i}` makes something else of the rows, too" for i in (0, 1)
+            f"rows from `fs.{i}` on: `both.{i}` makes something else of the rows, too" for i in (0, 1)
         }
     with rdp.attach(OnTheShortcut(), 0.5, decay="constant", example_inputs=(x, torch.randn(WIDTH + 1)[1:])) as handle:
         assert [b.compute for b in handle.branches] == ["rows", "rows"]
