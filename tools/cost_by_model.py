@@ -4,8 +4,8 @@
     python tools/cost_by_model.py --only vit swin    # families whose name begins so
 
 Row mode, constant rate 0.1, mean of DROP and FREEZE over some cycles, whole model. A model whose branches run on rows
-and hold the share s of its FLOPs costs 1 - 0.35 s. What can run on rows does, however small it is. Models without a branch that runs on rows are left out: they are
-dense, for the reason that `print(handle)` gives (BatchNorm, mostly).
+and hold the share s of its FLOPs costs 1 - 0.35 s. What can run on rows does, however small it is. Models without a
+branch that runs on rows are left out: they are dense, for the reason that `print(handle)` gives (BatchNorm, mostly).
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def test_our_hooks_come_before_those_that_change_what_a_module_gets():
 class OnRows:
     """Stands for a branch that runs on some of the rows; notes what it is entered with."""
 
-    def __init__(self, batch_norm: bool) -> None:
-        self.program = SimpleNamespace(batch_norm=batch_norm)
+    def __init__(self, batch_norm: bool, fewest: int = 0) -> None:
+        self.program = SimpleNamespace(batch_norm=batch_norm, fewest=fewest)
         self.replaying = False
         self.passing: Any = "left behind"
         self.entered: Any = None
@@ -125,6 +125,16 @@ def test_which_forwards_run_on_some_rows(phase, batch_norm, may_leave_no_graph):
                 assert split.kept.tolist() == list(range(kept))
                 assert split.dropped.tolist() == list(range(kept, rows))
                 assert freeze == (phase is Phase.FREEZE)
+
+
+@pytest.mark.parametrize(("given", "enters"), [(None, [False, True, True]), (torch.ones(3, 4), [True] * 3)])
+def test_with_too_few_rows_to_gain_all_run_unless_it_is_proved(given, enters):
+    entered = []
+    for rows in (4, 5, 6):
+        here = run(forward(Phase.DROP, rows, 2))
+        here.step = SimpleNamespace(given=given)
+        entered.append(EntryHook(here, 1, OnRows(False, fewest=5))(nn.Identity(), (1,), {}) is not None)
+    assert entered == enters
 
 
 @pytest.mark.parametrize("phase", [None, Phase.PLAIN])
