@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from rdp.branches import RowAxis
-from rdp.discovery import ops
 from rdp.discovery.graph import Graph
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
@@ -23,6 +22,9 @@ from rdp.rows.cost import work
 from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis
 from rdp.rows.program import Operation, Program
 from rdp.rows.twins import Twins
+
+_LEAST_SHARE = 0.25
+"""Of the operations of a branch, what must be left to run on rows where not all of it can."""
 
 
 def branch_programs(
@@ -42,17 +44,19 @@ def branch_programs(
         allow_batch_norm: Accept batch normalisation.
 
     Yields:
-        One program after the other, each shorter than the one before; all of them with layers that have weights.
+        One program after the other, each shorter than the one before, as long as they hold a good part of the work.
 
     Raises:
         NotIndependent: If there is none; why there is no longer one.
     """
     path = graph.between(residual.fork, seam.value)
     sequence, why = _sequence(graph, residual, path), None
+    whole = work(graph, path, ()).operations
     for number, item in enumerate(sequence):
         if not isinstance(item, Call) or passes_through(item, path):
             continue
-        if number and not any(graph.values[i].op in ops.WEIGHTED | ops.MIXING for i in path if i >= item.begin):
+        rest = work(graph, {i for i in path if i >= item.begin}, ()).operations
+        if number and (not rest or rest < _LEAST_SHARE * whole):
             break
         try:
             program = _program(graph, twins, model, residual, seam, path, sequence[number:], allow_batch_norm)
