@@ -32,6 +32,7 @@ def attach(
     phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
     branches: Select = None,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    rows: str | None = None,
     native: Native = "error",
     compute: Compute = "auto",
     seed: int = 0,
@@ -70,7 +71,11 @@ def attach(
         branches: None takes all that are found. A list of names takes these, and gates modules that were not found,
             or refused, on your word. A function of (name, module) chooses among those found.
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
-            arguments. Branches are then found at once; by default they are found in the first training forward.
+            arguments; anything else is its one argument. Branches are then found at once; by default they are found in
+            the first training forward.
+        rows: Name of the argument of `model.forward` that holds the rows, a tensor with a row an entry of its first
+            axis, a list with a row an item, or a container of such tensors. None finds out. Batch mode needs no rows,
+            and traces the model as it is called, whatever its inputs are.
         native: What to do with DropPath that is active in the model: "error", or "off" to silence it until `remove`.
         compute: "auto" runs only the rows that a step needs, in branches where that is exact. "rows" does so also in
             branches with dropout, where it keeps the distribution, but draws fewer numbers from the global RNG than a
@@ -94,6 +99,8 @@ def attach(
         AttachError: If the model is attached already, scripted, or wrapped in DataParallel.
         NativeDropPathError: If the model drops paths by itself and `native="error"`.
         BranchError: If no branch is found (in the first training forward, without `example_inputs`).
+        ForwardError: In the first training forward, if in row mode it is not clear where the rows of its inputs are, or
+            the model cannot be called with some of them.
 
     Source: Park (2024), Algorithm 1, https://arxiv.org/abs/2411.09475
     """
@@ -111,6 +118,7 @@ def attach(
         seed=seed,
         verify=verify,
         rate_schedule=rate_schedule,
+        rows=rows,
     )
     check_model(model, options)
     handle = ResidualDropPath(model, options, Ranks(process_group))

@@ -9,24 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rdp import trees
 from rdp.branches import NEVER, Branch, Refusal
 from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate, held
-from rdp.discovery.find import Discovery, find_branches, traced
+from rdp.discovery.find import Discovery
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
-from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed, shortened
+from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
+from rdp.inputs import Inputs, Rows, check_named
+from rdp.look import look
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
-from rdp.phases import Phase
 from rdp.rates import rates_of
-from rdp.rows.axes import Coupling
-from rdp.rows.places import locate, settle_by_row
-from rdp.rows.plan import Plan, plan_rows
+from rdp.refusals import count_rows
 from rdp.rows.program import Program
+from rdp.rows.sizes import find_rows, telling
 
 
 def check_model(model: nn.Module, options: Options) -> None:
@@ -41,6 +40,7 @@ def check_model(model: nn.Module, options: Options) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise AttachError("a scripted model runs no Python hooks. Attach to the model before torch.jit.script")
     check_unattached(model)
+    check_named(model, options.rows)
     drops = find_native_drops(model)
     if drops and options.native == "error":
         raise NativeDropPathError(_drops_by_itself(model, drops))
@@ -89,27 +89,6 @@ def check_unattached(model: nn.Module, besides: object = None) -> None:
                 )
 
 
-def arguments_of(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of a forward, from what the user has given for them.
-
-    Raises:
-        ArgumentError: If there is no tensor with rows in them, or one was made in inference mode.
-    """
-    kwargs = inputs if isinstance(inputs, Mapping) else {}
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-    if not trees.batch_size((args, kwargs)):
-        raise ArgumentError(
-            "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword "
-            f"arguments, with at least one row; got {shortened(inputs)}"
-        )
-    if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
-        raise ArgumentError(
-            "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
-            "through the model; pass a clone() of it that is made outside"
-        )
-    return args, kwargs
-
-
 @dataclass(frozen=True)
 class Choice:
     """What `choose_branches` has chosen."""
@@ -120,6 +99,8 @@ class Choice:
     """By name, the branches that can be run on some of the rows."""
     silenced: tuple[NativeDrop, ...] = ()
     """What dropped paths by itself, and does not any more."""
+    rows: Rows | None = None
+    """Where the inputs have their rows; None where batch mode knows of none."""
     warnings: tuple[str, ...] = ()
     """What the user should be told."""
 
@@ -133,7 +114,7 @@ def choose_branches(
     unsound: Mapping[str, str] | None = None,
     idle: Collection[str] = (),
 ) -> Choice:
-    """Find the branches from forwards of two rows and of one row of these inputs, and give them their rates.
+    """Find the branches from forwards of these inputs, of two rows and of one in row mode, and give them their rates.
 
     Mode, gradients, BatchNorm statistics and random number generators are left as they were.
 
@@ -147,16 +128,21 @@ def choose_branches(
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
+        ForwardError: If rows are to be masked, and it is not clear where they are.
         NativeDropPathError: If the model leaves out branches by chance, and is not to be, or cannot be, silenced.
     """
+    inputs = args, kwargs
     with ExitStack() as restored:
         with forwards.undisturbed(model):
-            dropping = own_dropping(model, forwards.take_rows((args, kwargs), 2))
+            rows = find_rows(model, inputs, options)
+            with telling(model, inputs, options):
+                few = rows.take(inputs, 2) if rows is not None and options.mode == "row" else inputs
+                dropping = own_dropping(model, few)
         silenced = _settings_to_silence(model, options, dropping)
         for setting in silenced:
             restored.callback(setting.restore)
             setting.silence()
-        choice = _choose_branches(model, options, args, kwargs, dense or {}, unsound or {}, idle)
+        choice = _choose_branches(model, options, inputs, rows, dense or {}, unsound or {}, idle)
         restored.pop_all()
     return replace(choice, silenced=tuple(silenced))
 
@@ -164,32 +150,17 @@ def choose_branches(
 def _choose_branches(
     model: nn.Module,
     options: Options,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    inputs: Inputs,
+    rows: Rows | None,
     dense: Mapping[str, str],
     unsound: Mapping[str, str],
     idle: Collection[str],
 ) -> Choice:
-    by_row = options.mode == "row"
     # A model that is in eval mode as a whole does not say which of its parts will train.
     evaluated = {name for name, module in model.named_modules() if model.training and not module.training}
-    stops = options.freeze == "output" and Phase.FREEZE in options.phases
     with forwards.undisturbed(model):
-        pair, single = forwards.take_rows((args, kwargs), 2), forwards.take_rows((args, kwargs), 1)
-        found, plan = None, Plan({}, {}, wrong=False)
-        for graph, alone in traced(model, pair, single):
-            found = find_branches(graph, model, options.named, stops)
-            for candidate in found.accepted:
-                candidate.reason = None if candidate.name in options.named else unsound.get(candidate.name)
-            if options.compute != "dense":
-                allow_random = options.compute in ("rows", "ghost")
-                plan = plan_rows(found, alone, model, pair, allow_random, options.compute == "ghost")
-            if found.accepted and not plan.wrong:
-                break
-        assert found is not None
-        plan = plan.without(dense)
-        places = locate(found.accepted, found.graph, alone)
-        odd = settle_by_row(found, places, model, pair, single, plan.programs) if by_row else Coupling()
+        seen = look(model, options, inputs, rows, dense, unsound)
+        found, plan, places, odd = seen.found, seen.plan, seen.places, seen.odd
         chosen = _selected(model, options, found)
         located = [
             replace(b, gates=tuple(replace(g, rows=at.gates[g.module, g.leaf]) for g in b.gates), cuts=at.cuts)
@@ -225,8 +196,8 @@ def _choose_branches(
             f"all {len(located)} residual branches that were found are in eval mode or run without gradients, so "
             "nothing is gated, and training is plain. Attach when they train"
         )
-    rows = trees.batch_size((args, kwargs)) or 0
-    rated = tuple(plan.noted(branch).sized(rows) for branch in _rated(located, options))
+    number = count_rows(seen.rows, inputs, options.mode)
+    rated = tuple(plan.noted(branch).sized(number) for branch in _rated(located, options))
     if options.scale_by_keep:
         unscalable = [b.name for b in rated if b.gated and any(gate.zero_only for gate in b.gates)]
         if unscalable:
@@ -235,7 +206,7 @@ def _choose_branches(
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
     programs = {name: program for name, program in plan.programs.items() if program.fewest < NEVER}
-    return Choice(rated, refused, programs, warnings=tuple(told))
+    return Choice(rated, refused, programs, warnings=tuple(told), rows=seen.rows)
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:

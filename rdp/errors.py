@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -67,3 +67,19 @@ def listed(items: Sequence[str], limit: int = 8) -> str:
     """Names for a message: the first of them, and how many more there are."""
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def formed(value: object) -> str:
+    """What a value is, for a message: a short one itself, of a tensor the shape, of a container what is in it."""
+    kind = type(value).__name__
+    kind = f"an {kind}" if kind[0].lower() in "aeiou" else f"a {kind}"
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, (list, tuple, Mapping)) and not value:
+        return f"an empty {type(value).__name__}"
+    if isinstance(value, (list, tuple)):
+        return f"{kind} of {len(value)} ({listed([formed(item) for item in value], 2)})"
+    if isinstance(value, Mapping):
+        return f"{kind} ({listed([f'{key}: {formed(item)}' for key, item in value.items()], 4)})"
+    text = repr(value) if isinstance(value, (bool, int, float, complex, str, bytes, type(None))) else kind
+    return text if len(text) < 40 else kind

@@ -16,9 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from rdp import choose
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.check import Checkup, check, warn_after_first_cycle
+from rdp.discovery import forwards
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
 from rdp.errors import ArgumentError, AttachError, UnknownAttributeError, warn
+from rdp.inputs import Inputs, arguments_of, telling_example
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
@@ -154,15 +156,17 @@ class ResidualDropPath:
         """Find the branches now, from the inputs of a forward; does nothing where they are known.
 
         Args:
-            inputs: A tensor, a tuple of positional or a dict of keyword arguments; at most two rows are used.
+            inputs: A tensor, a tuple of positional or a dict of keyword arguments; anything else is the one argument.
+                In row mode at most two rows are used.
 
         Raises:
-            ArgumentError: If there is no tensor with rows in `inputs`, or one was made in inference mode.
+            ArgumentError: If the model does not take `inputs`, they have no rows that could be masked, or a tensor was
+                made in inference mode.
             AttachError: If the handle was removed.
             BranchError: If no branch is found, or one that was named is not there.
         """
         self._check_attached()
-        self._discover(*choose.arguments_of(inputs))
+        self._discover_in(inputs)
 
     def check(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None) -> Checkup:
         """Examine what has happened since `attach`; call it after a few steps and print the answer.
@@ -177,9 +181,7 @@ class ResidualDropPath:
             alternate, steps without a training forward, optimizers that are not wrapped, frozen parameters that moved.
         """
         if inputs is not None and self.attached:
-            given = choose.arguments_of(inputs)
-            self._discover(*given)
-            self._proof = prove(self._run, given)
+            self._proof = prove(self._run, self._discover_in(inputs))
         if self.attached:
             self._run.look()
         return check(self._run, self.refused, self._proof)
@@ -251,12 +253,21 @@ class ResidualDropPath:
             raise UnknownAttributeError(f"a ResidualDropPath has no {name!r} to set; only handle.rate can be changed")
         super().__setattr__(name, value)
 
+    def _discover_in(self, inputs: Any) -> Inputs:
+        """Find the branches from inputs that the user gives for the purpose; returns these as arguments."""
+        given = arguments_of(inputs)
+        with telling_example(self.model, given):
+            self._discover(*given)
+        return given
+
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
             return
         choose.check_unattached(self.model, besides=self._run)
         check_training(self.model)
         check_sharding(self.model, self._run.agreement.ranks)
+        with torch.inference_mode(False), self.paused():
+            forwards.initialise(self.model, (args, kwargs))
         run, expected, silenced = self._run, self._run.expected, len(self._silenced)
         dense: dict[str, str] = {}
         unsound: dict[str, str] = {}
@@ -268,6 +279,7 @@ class ResidualDropPath:
                     choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound, idle)
                 self._silenced += choice.silenced
                 places = Places(run, choice.branches, choice.programs)
+                run.rows = choice.rows
                 run.found(choice.branches)
                 self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
                 wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}

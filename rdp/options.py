@@ -50,6 +50,7 @@ class Options:
     seed: int
     verify: bool = True
     rate_schedule: RateSchedule | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         check_rate(self.rate)
@@ -63,6 +64,8 @@ class Options:
         for name in ("scale_by_keep", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if not (self.rows is None or isinstance(self.rows, str)):
+            raise ArgumentError(f"rows must be the name of an argument of the model's forward; got {self.rows!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 allowed = " or ".join(map(repr, get_args(choices)))

@@ -5,15 +5,16 @@
 3. The mask of one row changes no other row.
 4. What is in eval mode, or runs without gradients, is plain in DROP too.
 
-Two rows of the input go through the model, with the very hooks that training uses and with masks made for the purpose.
-Dropout is off meanwhile, and normalisations use their running statistics, so that the rows stay apart.
+Two rows of the input go through the model, or all of it where batch mode knows of no rows, with the very hooks that
+training uses and with masks made for the purpose. Dropout is off meanwhile, and normalisations use their running
+statistics, so that the rows stay apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from rdp import frames, trees
 from rdp.branches import RowAxis
 from rdp.discovery import forwards
 from rdp.discovery.forwards import Inputs
+from rdp.inputs import fresh
 from rdp.phases import Phase
-from rdp.rehearsal import as_trained, operations, rehearsal
+from rdp.rehearsal import as_trained, grounds, operations, rehearsal
 from rdp.rows.axes import layouts_of, row_axis, row_of_two
 from rdp.rows.verify import close
 from rdp.training.run import Run
@@ -43,14 +45,16 @@ class Proof:
         violations: By name of the branch, what does not hold.
         missing: Why it was not made, or not to its end; "" if it was.
         idle: Names of branches that take part in the rates, but whose calls in training all run without gradients.
+        on: What it was made on.
     """
 
     violations: Mapping[str, str]
     missing: str = ""
     idle: tuple[str, ...] = ()
+    on: str = "two rows of the input"
 
     def __str__(self) -> str:
-        return f"not proved: {self.missing}" if self.missing else "proved on two rows of the input"
+        return f"not proved: {self.missing}" if self.missing else f"proved on {self.on}"
 
 
 def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
@@ -61,29 +65,33 @@ def prove(run: Run, inputs: Inputs, budget: float | None = None) -> Proof:
 
     Args:
         run: That of the model.
-        inputs: Of a forward; two rows of them are used.
-        budget: In floating point operations of the forward of two rows; None: any number.
+        inputs: Of a forward; two rows of them are used, if it is known where they are.
+        budget: In floating point operations of a forward; None: any number.
     """
     if not any(branch.gated for branch in run.branches):
         return Proof({}, "nothing is gated")
     if budget is not None and forwards.only_device(run.model) is None:
         return Proof({}, "the model is sharded, offloaded, quantized or has hooks of others, see handle.check(inputs)")
-    pair, single = forwards.take_rows(inputs, 2), forwards.take_rows(inputs, 1)
-    try:
-        # A checkpoint around the model must not take what is kept for a proof for its own.
-        own_tensors = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-        with as_trained(run.model), torch.inference_mode(False), torch.enable_grad(), own_tensors:
-            if budget is not None and (taken := operations(run, pair)) > budget:
-                return Proof({}, f"two rows take {taken:.1e} operations; handle.check(inputs) proves it all the same")
-            return _Trial(run, pair, single).proof()
-    except Exception as error:  # a proof may fail, but not the training that it is for
-        return Proof({}, f"a forward for it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    proof = Proof({}, "it is not known where the rows of the input are")
+    for on, given, alone in grounds(run, inputs):
+        try:
+            # A checkpoint around the model must not take what is kept for a proof for its own.
+            own_tensors = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+            with as_trained(run.model), torch.inference_mode(False), torch.enable_grad(), own_tensors:
+                if budget is not None and (taken := operations(run, given)) > budget:
+                    what = "the input takes" if alone is None else "two rows take"
+                    return Proof({}, f"{what} {taken:.1e} operations; handle.check(inputs) proves it all the same")
+                return replace(_Trial(run, given, alone).proof(), on=on)
+        except Exception as error:  # a proof may fail, but not the training that it is for
+            first = str(error).partition("\n")[0]
+            proof = Proof({}, f"a forward for it raised {type(error).__name__}: {first}")
+    return proof
 
 
 class _Trial:
-    """Forwards of a few rows with given masks, and what they show."""
+    """Forwards with given masks, of two rows and of the first alone, or of all in one; and what they show."""
 
-    def __init__(self, run: Run, pair: Inputs, single: Inputs) -> None:
+    def __init__(self, run: Run, pair: Inputs, single: Inputs | None) -> None:
         self.run = run
         self.pair = pair
         self.gated = [index for index, branch in enumerate(run.branches) if branch.gated]
@@ -99,8 +107,10 @@ class _Trial:
         """That of the latest forward."""
         with self._recorded():
             self.plain = self._outputs(None, None, pair)
-        alone = self._outputs(None, None, single)
-        self.rows = [self._rows(two, one) for two, one in zip(self.plain, alone, strict=True)]
+        self.rows: list[RowAxis | None] = [None] * len(self.plain)
+        if single is not None:
+            alone = self._outputs(None, None, single)
+            self.rows = [self._rows(two, one) for two, one in zip(self.plain, alone, strict=True)]
         self.apart = run.options.mode == "row" and any(axis is not None for axis in self.rows)
         """Are there outputs of each row by itself? If not, all rows have the same masks."""
 
@@ -181,7 +191,7 @@ class _Trial:
         self, phase: Phase | None, masks: Tensor | None, inputs: Inputs, keep_graph: bool = False
     ) -> list[Tensor]:
         """The output tensors of a forward with these masks; a plain one without."""
-        args, kwargs = trees.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        args, kwargs = fresh(inputs)
         run, gradients = self.run, torch.set_grad_enabled(phase is not None)
         with forwards.own_random_numbers(run.model), rehearsal(run, phase, masks), gradients:
             self._step = run.step
@@ -284,7 +294,3 @@ def _culprits(suspects: list[int], holds: Callable[[list[int]], bool]) -> list[i
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)  # whatever the default device is
-
-
-def _itself(x: Any) -> Any:
-    return x

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rdp import trees
 from rdp.errors import AttachError, ForwardError
+from rdp.inputs import Inputs, Rows
+from rdp.masks import Mode
 
 CHECKPOINTED = (
     "the whole model is recomputed by a checkpoint with use_reentrant=True, whose first forward runs without gradients "
     "and was taken for a plain one. Pass use_reentrant=False, or checkpoint its blocks"
 )
+
+NO_ROWS = "the model was called without any tensor that has a batch axis, so there are no rows to mask"
+EMPTY = "the batch is empty (0 rows); skip it, or train it under handle.paused()"
 
 
 def check_training(model: nn.Module) -> None:
@@ -41,19 +45,27 @@ def check_attached_one(module: nn.Module, attached: nn.Module) -> None:
         )
 
 
-def count_rows(inputs: object) -> int:
-    """The number of rows of a training forward.
+def check_rows_apart() -> None:
+    """Refuse a forward in which rows cannot be told apart.
 
     Raises:
-        ForwardError: If there are none, or they cannot be told apart.
+        ForwardError: If it is one of `torch.func`.
     """
-    rows = trees.batch_size(inputs)
-    if rows is None:
-        raise ForwardError(
-            "the model was called without any tensor that has a batch axis, so there are no rows to mask"
-        )
-    if rows == 0:
-        raise ForwardError("the batch is empty (0 rows); skip it, or train it under handle.paused()")
     if torch._C._functorch.maybe_current_level() is not None:
         raise ForwardError("the model was called under torch.func (vmap, grad, jvp), where rows cannot be told apart")
-    return rows
+
+
+def count_rows(rows: Rows | None, inputs: Inputs, mode: Mode) -> int:
+    """The number of rows of a training forward; in batch mode, which needs none, one where there are none.
+
+    Raises:
+        ForwardError: If there are none in row mode.
+    """
+    number = None if rows is None else rows.count(inputs)
+    if mode == "batch":
+        return number or 1
+    if number is None:
+        raise ForwardError(NO_ROWS)
+    if number == 0:
+        raise ForwardError(EMPTY)
+    return number

@@ -54,8 +54,16 @@ def rehearsal(run: Run, phase: Phase | None, masks: Tensor | None) -> Iterator[N
         run.step, run.watch, run.first, run.look, run.masks, run.several, run.pauses = before
 
 
+def grounds(run: Run, inputs: Inputs) -> Iterator[tuple[str, Inputs, Inputs | None]]:
+    """What a proof can be made on, in words: two rows and the first of them alone, or all of the input in one."""
+    if run.rows is not None:
+        yield "two rows of the input", run.rows.take(inputs, 2), run.rows.take(inputs, 1)
+    if run.options.mode == "batch":
+        yield "the input as it is", inputs, None
+
+
 def operations(run: Run, inputs: Inputs) -> float:
-    """Floating point operations of a plain forward of two rows, counted without numbers if that can be."""
+    """Floating point operations of a plain forward, counted without numbers if that can be."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which is not for everybody
 
     for place, given in ways_to_run(run.model, inputs, shortcuts=False):

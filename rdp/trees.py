@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Path = tuple[object, ...]
@@ -26,6 +27,8 @@ class Placeholder:
 
 _LEAVES = (Tensor, str, bytes, int, float, type(None), Placeholder)
 _EMPTY = (Mapping, list, tuple, set)
+_MOST = 100_000
+"""How many things are looked at in an object: it may hold a whole data set."""
 
 
 def tensors(value: object) -> Iterator[Tensor]:
@@ -33,31 +36,60 @@ def tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif not isinstance(value, _LEAVES):
-        for item in _items(value).values():
+        for item in items(value).values():
             yield from tensors(item)
 
 
-def batch_size(inputs: object) -> int | None:
-    """The length of the first axis of the first tensor that has one."""
-    return next((tensor.shape[0] for tensor in tensors(inputs) if tensor.dim()), None)
+def at(value: Any, path: Sequence[object]) -> Any:
+    """What these keys lead to; None where there is nothing."""
+    for key in path:
+        value = items(value).get(key)
+    return value
+
+
+def is_opaque(leaf: object) -> bool:
+    """Is it an object of a kind that nobody has described, which may hold anything?"""
+    return not isinstance(leaf, (*_LEAVES, *_EMPTY, type, FunctionType, ModuleType, nn.Module))
+
+
+def held(leaf: object) -> Iterator[object]:
+    """The tensors and modules that an opaque object holds, as far as its attributes show."""
+    todo, seen = [leaf], set[int]()
+    while todo and len(seen) < _MOST:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (Tensor, nn.Module)):
+            yield value
+        elif is_opaque(value) or isinstance(value, _EMPTY):
+            slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+            attributes = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
+            todo.extend([*items(value).values(), *attributes.values()])
 
 
 def leaves(value: object) -> dict[Path, Any]:
     """Every leaf in `value`, in order, by the keys that lead to it."""
-    if isinstance(value, _LEAVES) or not ((items := _items(value)) or isinstance(value, _EMPTY)):
+    if isinstance(value, _LEAVES) or not ((inside := items(value)) or isinstance(value, _EMPTY)):
         return {(): value}
-    return {(key, *path): leaf for key, item in items.items() for path, leaf in leaves(item).items()}
+    return {(key, *path): leaf for key, item in inside.items() for path, leaf in leaves(item).items()}
 
 
-def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+def map_leaves(change: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """`value` with `change(leaf)` in the place of every leaf.
 
     Containers are copied where something in them changes; whatever has not changed is the very same object.
+
+    Args:
+        change: Returns what to put in the place of a leaf.
+        value: Any container.
+        is_leaf: Says which containers are to be taken for leaves.
     """
-    if isinstance(value, _LEAVES) or not ((items := _items(value)) or isinstance(value, _EMPTY)):
+    is_one = isinstance(value, _LEAVES) or (is_leaf is not None and is_leaf(value))
+    if is_one or not ((inside := items(value)) or isinstance(value, _EMPTY)):
         return change(value)
-    new = {key: map_leaves(change, item) for key, item in items.items()}
-    changed = {key: item for key, item in new.items() if item is not items[key]}
+    new = {key: map_leaves(change, item, is_leaf) for key, item in inside.items()}
+    changed = {key: item for key, item in new.items() if item is not inside[key]}
     return _with_items(value, new, changed) if changed else value
 
 
@@ -71,7 +103,7 @@ def with_tensor(value: Any, number: int, new: Tensor) -> Any:
     return new if isinstance(value, Tensor) else map_leaves(change, value)
 
 
-def _items(value: Any) -> Mapping[Any, Any]:
+def items(value: Any) -> Mapping[Any, Any]:
     """The items of a container, with their keys; none of a leaf."""
     if isinstance(value, Mapping):
         return value
@@ -86,14 +118,17 @@ def _items(value: Any) -> Mapping[Any, Any]:
     return {}
 
 
-def _with_items(value: Any, items: dict[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A container like `value` that holds `items`, of which some have changed."""
+def _with_items(value: Any, inside: dict[Any, Any], changed: dict[Any, Any]) -> Any:
+    """A container like `value` that holds `inside`, of which some items have changed."""
     if isinstance(value, (Mapping, list)):
-        copied = copy.copy(value)  # and not `type(value)(...)`: a subclass may be made of other arguments
-        for key, item in changed.items():
-            copied[key] = item  # type: ignore[index]
+        try:
+            copied = copy.copy(value)  # and not `type(value)(...)`: a subclass may be made of other arguments
+            for key, item in changed.items():
+                copied[key] = item  # type: ignore[index]
+        except TypeError:  # it is for reading alone
+            return MappingProxyType({**inside})
         return copied
-    parts = list(items.values())
+    parts = list(inside.values())
     if isinstance(value, slice):
         return slice(*parts)
     if isinstance(value, (tuple, set)):
@@ -105,3 +140,7 @@ def _with_items(value: Any, items: dict[Any, Any], changed: dict[Any, Any]) -> A
         return replica
     node = pytree.SUPPORTED_NODES[type(value)]
     return node.unflatten_fn(parts, node.flatten_fn(value)[1])
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)

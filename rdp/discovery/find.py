@@ -20,6 +20,8 @@ from rdp.discovery.ownership import parameters_by_branch
 from rdp.discovery.residuals import find_residuals, without_side_inputs
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.weightless import on_meta, weightless
+from rdp.errors import RdpError
+from rdp.inputs import fresh
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def traced(model: nn.Module, *inputs: Inputs) -> Iterator[tuple[Graph, ...]]:
     """The forwards of these inputs, on `meta` if that can be, and then with numbers.
 
     The second is for those who find the first wrong, or empty: a model may choose by the values of its inputs what it
-    does.
+    does. It is made as in training where it cannot be made in eval mode.
     """
     device = forwards.only_device(model)
     if device is not None and not torch.is_autocast_enabled(device.type):  # which does nothing on `meta`
@@ -99,7 +101,14 @@ def traced(model: nn.Module, *inputs: Inputs) -> Iterator[tuple[Graph, ...]]:
             graphs = tuple(Graph(Trace(model).run(*on_meta(each))) for each in inputs)
         if graphs is not None:
             yield graphs
-    yield tuple(Graph(Trace(model).run(*each)) for each in inputs)
+    try:
+        graphs = tuple(Graph(Trace(model).run(*fresh(each))) for each in inputs)
+    except RdpError:
+        raise
+    except Exception:
+        with forwards.as_in_training(model):
+            graphs = tuple(Graph(Trace(model).run(*fresh(each))) for each in inputs)
+    yield graphs
 
 
 def find_branches(graph: Graph, model: nn.Module, named: Sequence[str] = (), stops: bool = True) -> Discovery:

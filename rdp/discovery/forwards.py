@@ -1,4 +1,4 @@
-"""Running a model on two rows and on one, without leaving a trace."""
+"""Running a model without leaving a trace."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rdp import trees
 from rdp.copies import Hook
-
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+from rdp.inputs import Inputs as Inputs
+from rdp.inputs import fresh
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -161,28 +161,22 @@ def _is_ordinary(module: nn.Module) -> bool:
     return all(isinstance(hook, Hook) for hook in hooks)
 
 
-def take_rows(inputs: Inputs, rows: int) -> Inputs:
-    """The first `rows` rows of every input tensor whose first axis has the batch's length, repeated where too few."""
-    size = trees.batch_size(inputs)
+def varied(pair: Inputs, single: Inputs) -> tuple[Inputs, Inputs] | None:
+    """Random numbers in the place of two rows, and of the first of them; None if none are floating point."""
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size and size:
-            # index_select copies: the model may write to its input, and a slice of the caller's would show it.
-            return value.detach().index_select(0, torch.arange(rows, device=value.device) % size)
-        return value
+    def floating(leaves: Mapping[Any, Any]) -> dict[Any, Tensor]:
+        return {key: x for key, x in leaves.items() if isinstance(x, Tensor) and x.is_floating_point()}
 
-    cut_inputs: Inputs = trees.map_leaves(cut, inputs)
-    return cut_inputs
-
-
-def varied(inputs: Inputs) -> Inputs | None:
-    """Random numbers in the place of these inputs, where they are floating point; None if none are."""
-
-    def change(value: Any) -> Any:
-        return torch.rand_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    changed: Inputs = trees.map_leaves(change, inputs)
-    return changed if changed is not inputs else None
+    two, one = trees.leaves(pair), trees.leaves(single)
+    drawn = {path: torch.rand_like(x) for path, x in floating(two).items()}
+    if not drawn:
+        return None
+    first = {path: drawn[path][: len(x)] if x.dim() else drawn[path] for path, x in floating(one).items()}
+    both = []
+    for inputs, leaves, numbers in ((pair, two, drawn), (single, one, first)):
+        new = iter([numbers.get(path, leaf) for path, leaf in leaves.items()])
+        both.append(trees.map_leaves(lambda _, new=new: next(new), inputs))  # type: ignore[misc]
+    return both[0], both[1]
 
 
 class Enough(BaseException):
@@ -191,8 +185,26 @@ class Enough(BaseException):
 
 def run(model: nn.Module, inputs: Inputs) -> None:
     """A forward without gradients, to its end or until a hook raises `Enough`."""
+    args, kwargs = fresh(inputs)
     with suppress(Enough), torch.no_grad():
-        model(*inputs[0], **inputs[1])
+        model(*args, **kwargs)
+
+
+def initialise(model: nn.Module, inputs: Inputs) -> None:
+    """Let lazy modules that are not initialised yet see their inputs, in a forward as torch asks for before training.
+
+    What parameters begin with is drawn from the global generators, as in a plain run; running statistics stay.
+    """
+    if not any(map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
+    try:
+        for norm in norms:
+            norm.training = False
+        run(model, inputs)
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 def observe(model: nn.Module, inputs: Inputs, modules: Collection[str]) -> dict[str, list[Tensor]]:

@@ -95,6 +95,9 @@ FRESH = frozenset(
 FACTORIES = FRESH | _names("empty zeros ones full tensor arange rand randn randint randperm")
 """Make a tensor where they are told to, of nothing that depends on data."""
 
+FROM_HOST = _names("tensor as_tensor asarray from_numpy frombuffer")
+"""Make tensors of what are none: texts that were turned to numbers, say."""
+
 DRAWS = _names(
     "rand rand_like uniform_ bernoulli bernoulli_ randint randint_like random_ randperm multinomial randn randn_like "
     "normal normal_ exponential_ poisson binomial"

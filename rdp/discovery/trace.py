@@ -106,6 +106,8 @@ class Trace(TorchFunctionMode):
         self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
         # storage owner -> value of its last in-place write
         self._written: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        self._from_host = False
+        """Is the model called without any tensor, so that those which it makes of numbers are its data?"""
         self._names: dict[int, str] = {}
         self._first_names: dict[str, str] = {}
         for named in (model.named_parameters, model.named_buffers):
@@ -120,8 +122,10 @@ class Trace(TorchFunctionMode):
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
         """Trace `model(*args, **kwargs)` without gradients and return self."""
-        for tensor in trees.tensors((args, kwargs)):
+        given = [*trees.tensors((args, kwargs)), *_held((args, kwargs))]
+        for tensor in given:
             self._bind(tensor, self._new("input", (), tensor, is_data=True))
+        self._from_host = not given
         hooks = []
         for name, module in self.model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
@@ -178,12 +182,13 @@ class Trace(TorchFunctionMode):
             self.dropouts.append((inputs[0], self._stack[-1]))
         output = func(*args, **kwargs)
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
+        becomes_data = learned_token or (self._from_host and name in ops.FROM_HOST)
         for leaf, tensor in enumerate([*trees.tensors(output), *given]):
             known = self._known.get(tensor)
             if known is not None and known[0] == _version(tensor):
                 continue  # passed through unwritten
             sources = () if name in ops.FRESH else tuple(inputs)
-            index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if learned_token else None))
+            index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if becomes_data else None))
             self.values[index].recipe = Recipe(func, arguments, leaf)
             if known is not None:
                 self._written[self._storage_owner(tensor)] = index
@@ -216,7 +221,7 @@ class Trace(TorchFunctionMode):
     ) -> int:
         if is_data is None:
             is_data = any(self.values[i].is_data for i in inputs)
-        shape, is_float = tuple(tensor.shape), tensor.is_floating_point()  # of a DTensor these are traced themselves
+        shape, is_float = _shape(tensor), tensor.is_floating_point()  # of a DTensor these are traced themselves
         index = len(self.values)
         owner = self._stack[-1] if self._stack else None
         gradients = self._gradients[-1] and not torch.is_inference_mode_enabled()
@@ -252,6 +257,21 @@ class Trace(TorchFunctionMode):
         while value.op in ops.VIEW | ops.SLICE and value.inputs:
             value = self.values[value.inputs[0]]
         return value
+
+
+def _held(inputs: Any) -> Iterator[Tensor]:
+    """The tensors that objects of unknown kinds among the inputs hold."""
+    for leaf in trees.leaves(inputs).values():
+        if trees.is_opaque(leaf):
+            yield from (held for held in trees.held(leaf) if isinstance(held, Tensor))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """Of a nested tensor, whose rows are of different lengths, that of all of them in one."""
+    if tensor.is_nested and tensor.layout is torch.jagged:
+        with torch._C.DisableTorchFunction():
+            return tuple(tensor._values.shape)  # type: ignore[attr-defined]
+    return tuple(tensor.shape)
 
 
 def _local(tensor: Tensor) -> Tensor | None:

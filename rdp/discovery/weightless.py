@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rdp import trees
-from rdp.discovery.forwards import Inputs, contents, only_device, put_back, take_rows
+from rdp.discovery.forwards import Inputs, contents, only_device, put_back
+from rdp.inputs import fresh
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -24,7 +25,15 @@ def on_meta(inputs: Inputs) -> Inputs:
     Raises:
         ValueError: If some are held by objects of unknown kinds.
     """
-    moved: Inputs = trees.map_leaves(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
+    leaves = trees.leaves(inputs).values()
+    if any(isinstance(held, Tensor) for leaf in leaves if trees.is_opaque(leaf) for held in trees.held(leaf)):
+        raise ValueError("an input tensor cannot be moved")
+    stand_ins: dict[int, Tensor] = {}  # what is one tensor in two places stays one
+
+    def move(leaf: Any) -> Any:
+        return stand_ins.setdefault(id(leaf), leaf.to("meta")) if isinstance(leaf, Tensor) else leaf
+
+    moved = fresh(trees.map_leaves(move, inputs))
     if not all(tensor.is_meta for tensor in trees.tensors(moved)):
         raise ValueError("an input tensor cannot be moved")
     return moved
@@ -33,11 +42,11 @@ def on_meta(inputs: Inputs) -> Inputs:
 def ways_to_run(
     model: nn.Module, inputs: Inputs, shortcuts: bool = True
 ) -> Iterator[tuple[AbstractContextManager[None], Inputs]]:
-    """On `meta` if that can be, and with the numbers of two rows; and what to call the model with there."""
+    """On `meta` if that can be, and with numbers; and what to call the model with there."""
     if only_device(model) is not None:
-        with suppress(ValueError):
+        with suppress(Exception):
             yield weightless(model, shortcuts), on_meta(inputs)
-    yield left_alone(model), take_rows(inputs, 2)
+    yield left_alone(model), fresh(inputs)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rdp.branches import RowAxis
 from rdp.discovery.chance import forced
-from rdp.discovery.forwards import Inputs, observe, take_rows, varied
+from rdp.discovery.forwards import Inputs, observe, varied
 
 Place = tuple[str, int]
 """A module and the number of one of its output tensors."""
@@ -88,6 +88,8 @@ def _settle(
     for (module, leaf), where in axes.items():
         if not one[module][leaf].is_meta and not one[module][leaf].isfinite().all():
             return settled, Coupling(coupled, not_finite=module)
+        # Of a module that is called several times, on what is folded otherwise each time, this is one call.
+        where = row_axis(two[module][leaf].shape, one[module][leaf].shape) or where
         layouts = layouts_of(where)
         errors = {layout: _row_error(two[module][leaf], one[module][leaf], layout) for layout in layouts}
         fitting = [layout for layout in layouts if errors[layout] <= _COUPLED]
@@ -101,10 +103,10 @@ def _settle(
                 continue
             coupled = module
         before = max(before, errors[best])
-    if vary and unclear and (other := varied(pair)) is not None:
+    if vary and unclear and (other := varied(pair, single)) is not None:
         # Inputs of zeros, say, have the same numbers in all entries. With other inputs a model may do anything.
         with suppress(Exception):
-            settled |= _settle(model, other, take_rows(other, 1), unclear, vary=False)[0]
+            settled |= _settle(model, *other, unclear, vary=False)[0]
     return settled, Coupling(coupled)
 
 

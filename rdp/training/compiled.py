@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rdp import trees
 from rdp.errors import BranchError
+from rdp.refusals import count_rows
 from rdp.training.step import sent
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ _guarding: dict[int, bool] = {}
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
-def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Begin a forward of the N rows of `x`: masks, bool `Tensor[branches, N]`, ticket, int64 `Tensor[2]`, and the
-    probability of keeping each branch, `Tensor[branches]`."""
-    forward = _runs[run].begin_forward(x.shape[0])
+def begin_forward(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin a forward of N rows: masks, bool `Tensor[branches, N]`, ticket, int64 `Tensor[2]`, and the probability of
+    keeping each branch, `Tensor[branches]`.
+
+    `x` tells where: it is any tensor that the model computes with.
+    """
+    forward = _runs[run].begin_forward(rows)
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
     masks = forward.masks.clone()
@@ -46,8 +50,8 @@ def begin_forward(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor, T
 
 
 @begin_forward.register_fake
-def _(x: Tensor, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
-    masks = torch.empty((branches, x.shape[0]), dtype=torch.bool, device="cpu")
+def _(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    masks = torch.empty((branches, rows), dtype=torch.bool, device="cpu")
     keep_probs = torch.empty(branches, dtype=torch.float64, device="cpu")
     return masks, torch.empty(2, dtype=torch.int64, device="cpu"), keep_probs
 
@@ -95,8 +99,9 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
             "the model is compiled before its branches are known; pass example_inputs to rdp.attach, or call "
             "handle.discover(inputs), so that they are found beforehand"
         )
-    x = next(tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim())
-    masks, ticket, keep_probs = begin_forward(x.detach(), id(run), len(run.branches))
+    given = [tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim()]
+    x, rows = given[0] if given else next(module.parameters()), count_rows(run.rows, (args, kwargs), run.options.mode)
+    masks, ticket, keep_probs = begin_forward(x.detach(), rows, id(run), len(run.branches))
     on_device = keep_probs.to(x.device, non_blocking=True) if run.options.scale_by_keep else None
     run.compiled = masks.to(x.device, non_blocking=True), ticket, on_device
 

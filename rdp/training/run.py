@@ -21,6 +21,7 @@ from rdp.branches import Branch
 from rdp.distributed.agreement import Agreement
 from rdp.distributed.ranks import Ranks
 from rdp.errors import ForwardError
+from rdp.inputs import Rows
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.training import compiled, gates
@@ -54,8 +55,9 @@ class Run:
         look: Called as a training forward begins, to see whether the branches are where they were.
         branches: In forward order; empty until they have been found.
         blocks: The modules that add them.
+        rows: Where the rows of the model's inputs are; None if that is not known, as it need not be in batch mode.
         expected: Names and rates of the branches that a state has which was loaded before they were known.
-        rows: Of the batch of the latest training forward.
+        sized_for: The number of rows of the latest training forward, which decides what runs on rows.
         ends: The first and the last of them that are gated.
         seed: Of the masks.
         cycles: Makes the steps.
@@ -83,8 +85,9 @@ class Run:
         self.gated_phases = (Phase.DROP, Phase.FREEZE) if options.freeze == "output" else (Phase.DROP,)
         self.branches: tuple[Branch, ...] = ()
         self.blocks: list[nn.Module] = []
+        self.rows: Rows | None = None
         self.expected: tuple[list[str], list[float]] | None = None
-        self.rows = 0
+        self.sized_for = 0
         self.ends: tuple[int, ...] = ()
         self.seed = options.seed
         self.frozen = Frozen((), {})
@@ -131,7 +134,7 @@ class Run:
         self.blocks = [self.model.get_submodule(branch.block) for branch in branches]
         self.cycles.found(branches)
         self.followed(self.cycles.rated(branches), slots(self.model))
-        self.expected, self.rows = None, 0
+        self.expected, self.sized_for = None, 0
         gated = [index for index, branch in enumerate(branches) if branch.gated]
         self.ends = (*gated[:1], *gated[-1:])
         self.go_to(self.step.number, self.step.replay, self.step.learnt(), self.step.rate)
@@ -182,12 +185,12 @@ class Run:
                 if forward is not None:
                     return
                 raise ForwardError(refusals.CHECKPOINTED)
-            rows = refusals.count_rows((args, kwargs))
+            refusals.check_rows_apart()
             if not self.branches:
                 self.discover(args, kwargs)
                 if callable(unshard := getattr(module, "unshard", None)):
                     unshard()  # FSDP has sharded the model again after the forwards of discovery
-            forward = self.begin_forward(rows)
+            forward = self.begin_forward(refusals.count_rows(self.rows, (args, kwargs), self.options.mode))
             forward.running, forward.nodes = True, (next_node(), 0)
             self.first.called((args, kwargs), forward)
             self.compiled = compiled.for_parts(self, forward.masks)
@@ -198,8 +201,8 @@ class Run:
         """Begin a training forward of `rows` rows: draw its masks."""
         self.look()
         step = self.step
-        if rows != self.rows and step.given is None:
-            self.rows, self.branches = rows, tuple(branch.sized(rows) for branch in self.branches)
+        if rows != self.sized_for and step.given is None:
+            self.sized_for, self.branches = rows, tuple(branch.sized(rows) for branch in self.branches)
         self.watch.forward_begins(step.phase, step.number, bool(step.stepped))
         forward = self._new_forward(step.place(), rows)
         if self.several:

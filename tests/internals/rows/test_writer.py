@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from internals.rows.hand_made import Net, inputs, program
 from rdp import trees
 from rdp.discovery.find import find_branches, traced
-from rdp.discovery.forwards import take_rows, undisturbed
+from rdp.discovery.forwards import undisturbed
 from rdp.discovery.trace import Ref
+from rdp.inputs import candidates
 from rdp.rows.program import Operation, Program
 from rdp.rows.twins import Twins
 from rdp.rows.writer import branch_programs
@@ -24,7 +25,8 @@ DIM = 4
 def written(model: nn.Module, *args: Tensor) -> list[Program]:
     """The programs of the branches of a model, in forward order."""
     with undisturbed(model):
-        pair, single = (take_rows((args, {}), rows) for rows in (2, 1))
+        rows = next(iter(candidates(model, (args, {}))))
+        pair, single = (rows.take((args, {}), number) for number in (2, 1))
         graph, alone = next(traced(model, pair, single))
         accepted = find_branches(graph, model).accepted
         twins = Twins(graph, alone)
