@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from rdp.branches import NEVER, Branch, Refusal
+from rdp.calls import Inputs, check_named
 from rdp.copies import Hook
 from rdp.discovery import forwards
 from rdp.discovery.candidates import Candidate, held
 from rdp.discovery.find import Discovery
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
-from rdp.inputs import Inputs, Rows, check_named
+from rdp.inputs import Rows
 from rdp.look import look
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options

@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from rdp import choose
 from rdp.branches import Branch, Refusal, branch_table
+from rdp.calls import Inputs, arguments_of, as_called, telling_example
 from rdp.check import Checkup, check, warn_after_first_cycle
-from rdp.discovery import forwards
+from rdp.discovery.forwards import initialise
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
 from rdp.errors import ArgumentError, AttachError, UnknownAttributeError, warn
-from rdp.inputs import Inputs, arguments_of, telling_example
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
@@ -51,7 +51,7 @@ class ResidualDropPath:
         self.options = options
         self.refused: tuple[Refusal, ...] = ()
         self._proof = Proof({}, "no branch is known yet")
-        self._run = Run(model, options, ranks, self._discover)
+        self._run = Run(model, options, ranks, self._discover_as_called)
         self._run.first.examine = functools.partial(warn_after_first_cycle, self._run)
         compiled.attached(self._run)
         self._silenced: list[NativeDrop] = find_native_drops(model) if options.native == "off" else []
@@ -156,8 +156,7 @@ class ResidualDropPath:
         """Find the branches now, from the inputs of a forward; does nothing where they are known.
 
         Args:
-            inputs: A tensor, a tuple of positional or a dict of keyword arguments; anything else is the one argument.
-                In row mode at most two rows are used.
+            inputs: As `attach` takes `example_inputs`; in row mode at most two rows are used.
 
         Raises:
             ArgumentError: If the model does not take `inputs`, they have no rows that could be masked, or a tensor was
@@ -254,11 +253,14 @@ class ResidualDropPath:
         super().__setattr__(name, value)
 
     def _discover_in(self, inputs: Any) -> Inputs:
-        """Find the branches from inputs that the user gives for the purpose; returns these as arguments."""
         given = arguments_of(inputs)
         with telling_example(self.model, given):
             self._discover(*given)
         return given
+
+    def _discover_as_called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        with as_called():
+            self._discover(args, kwargs)
 
     def _discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.branches:
@@ -267,7 +269,7 @@ class ResidualDropPath:
         check_training(self.model)
         check_sharding(self.model, self._run.agreement.ranks)
         with torch.inference_mode(False), self.paused():
-            forwards.initialise(self.model, (args, kwargs))
+            initialise(self.model, (args, kwargs))
         run, expected, silenced = self._run, self._run.expected, len(self._silenced)
         dense: dict[str, str] = {}
         unsound: dict[str, str] = {}

@@ -7,10 +7,8 @@ them it is, forwards tell (`rows/sizes.py`).
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.errors import ArgumentError, ForwardError, RdpError, formed, listed
+from rdp.calls import Inputs, argument_names, by_name, given_as
+from rdp.errors import ForwardError, formed, listed
 from rdp.trees import Path
-
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and keyword arguments."""
 
 _CANDIDATES = 8
 
@@ -62,72 +58,6 @@ def fresh(inputs: Inputs) -> Inputs:
     return copies
 
 
-def argument_names(model: nn.Module) -> tuple[tuple[str, ...], bool]:
-    """Names of the arguments that a model's forward takes by position, and whether it takes others by name."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return (), True
-    kinds = {parameter.kind for parameter in parameters}
-    children = list(model.children())
-    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    if not names and inspect.Parameter.VAR_POSITIONAL in kinds and len(children) == 1:
-        return argument_names(children[0])  # a wrapper, which passes on what it is given
-    return names, bool(kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY})
-
-
-def check_named(model: nn.Module, rows: str | None) -> None:
-    """Refuse `rows=` where a model's forward takes no such argument.
-
-    Raises:
-        ArgumentError: With the arguments that it takes.
-    """
-    names, others = argument_names(model)
-    if rows is not None and rows not in names and not others:
-        raise ArgumentError(
-            f"rows names {rows!r}, which is no argument of the forward of {type(model).__name__}; it takes "
-            f"{listed(names) or 'none by name'}"
-        )
-
-
-def arguments_of(inputs: Any) -> Inputs:
-    """Positional and keyword arguments of a forward, from what the user has given for them.
-
-    Raises:
-        ArgumentError: If a tensor in them was made in inference mode.
-    """
-    kwargs = inputs if isinstance(inputs, Mapping) else {}
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-    if any(tensor.is_inference() for tensor in trees.tensors((args, kwargs))):
-        raise ArgumentError(
-            "example_inputs holds a tensor that was made under torch.inference_mode, which cannot be followed "
-            "through the model; pass a clone() of it that is made outside"
-        )
-    return args, kwargs
-
-
-@contextmanager
-def telling_example(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """What is wrong with inputs that were given as `example_inputs`, where a model is called with them in this context.
-
-    Raises:
-        ArgumentError: In the place of what the model raises, or of a `ForwardError`.
-    """
-    meant = (
-        f"example_inputs must be what {type(model).__name__} is called with: a tensor, a tuple of positional or a dict "
-        "of keyword arguments"
-    )
-    try:
-        yield
-    except ForwardError as error:
-        raise ArgumentError(f"{meant}. {error}") from error.__cause__
-    except RdpError:
-        raise
-    except Exception as error:
-        raised = f"{type(error).__name__}: {str(error).strip()}"
-        raise ArgumentError(f"{meant}. Called with ({described(model, inputs)}) it raises {raised}") from error
-
-
 @dataclass(frozen=True)
 class Rows:
     """Where the rows of a model's inputs are.
@@ -146,7 +76,7 @@ class Rows:
     def count(self, inputs: Inputs) -> int | None:
         """The number of rows of these inputs; None if there are none where they should be."""
         for argument, *path in self.places:
-            value = trees.at(_argument(self.names, inputs, argument), path)
+            value = trees.at(given_as(self.names, inputs, argument), path)
             if isinstance(value, Tensor) and value.dim():
                 return value.shape[0]
             if isinstance(value, (list, tuple)):
@@ -196,7 +126,7 @@ def candidates(model: nn.Module, inputs: Inputs, named: str | None = None) -> di
         ValueError: If the argument that is named is not given, or holds nothing that could have rows.
     """
     names, _ = argument_names(model)
-    given = _arguments(names, inputs)
+    given = by_name(names, inputs)
     tensors: dict[int, list[Path]] = {}
     lists: dict[int, list[Path]] = {}
     weights: Counter[int] = Counter()
@@ -218,27 +148,6 @@ def candidates(model: nn.Module, inputs: Inputs, named: str | None = None) -> di
         if size in lists:
             found[Rows(names, (*lists[size], *tensors.get(size, ())), of_lists=True)] = size
     return found
-
-
-def described(model: nn.Module, inputs: Inputs) -> str:
-    """The arguments with their names and shapes, for a message."""
-    given = _arguments(argument_names(model)[0], inputs)
-    named = [f"{name}: {formed(value)}" if isinstance(name, str) else formed(value) for name, value in given.items()]
-    return listed(named) or "nothing"
-
-
-def _arguments(names: Sequence[str], inputs: Inputs) -> dict[object, Any]:
-    """Every argument, by its name or, where it has none, by its number."""
-    args, kwargs = inputs
-    return dict(zip((*names[: len(args)], *range(len(names), len(args))), args, strict=True)) | dict(kwargs)
-
-
-def _argument(names: Sequence[str], inputs: Inputs, key: object) -> Any:
-    args, kwargs = inputs
-    if key in kwargs:
-        return kwargs[key]  # type: ignore[index]
-    number = names.index(key) if isinstance(key, str) and key in names else key
-    return args[number] if isinstance(number, int) and number < len(args) else None
 
 
 def _lengths(value: Any) -> Iterator[tuple[Path, Tensor | Sequence[Any]]]:

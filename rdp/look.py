@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from rdp.calls import Inputs
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.discovery.graph import Graph
-from rdp.inputs import Inputs, Rows
+from rdp.inputs import Rows
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.rows.axes import Coupling

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rdp.calls import Inputs
 from rdp.errors import AttachError, ForwardError
-from rdp.inputs import Inputs, Rows
+from rdp.inputs import Rows
 from rdp.masks import Mode
 
 CHECKPOINTED = (

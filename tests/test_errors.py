@@ -195,9 +195,17 @@ def test_scaling_kept_rows_through_a_functional_activation_is_refused_by_name():
     assert [branch.name for branch in handle.branches] == ["body.1.fc2", "body.2.fc2"]
 
 
-def test_example_inputs_that_do_not_fit_raise_what_the_model_raises_and_leave_it_as_it_was():
+def test_example_inputs_that_do_not_fit_are_told_with_what_the_model_raises_and_leave_it_as_it_was():
     model, x = CASE.model(), torch.randn(2, 5).double()
-    refused(model, lambda: CASE.attach(model, example_inputs=x), "shapes", error=RuntimeError)
+    words = ("example_inputs", "shapes", "x: a tensor of shape [2, 5]", "tuple of positional", "dict of keyword")
+    refused(model, lambda: CASE.attach(model, example_inputs=x), *words, error=rdp.ArgumentError)
+
+
+def test_a_training_forward_raises_what_the_plain_model_raises():
+    model, x = CASE.model(), torch.randn(2, 5).double()
+    handle = CASE.attach(model)
+    refused(model, lambda: model(x), "shapes", error=RuntimeError)
+    assert identical(model(model.rows(3, 0)), CASE.model()(CASE.model().rows(3, 0))) or handle.branches
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

@@ -150,14 +150,37 @@ def test_an_optimizer_that_cannot_be_wrapped():
 
 @pytest.mark.parametrize(
     ("inputs", "shown"),
-    [("text", "'text'"), (torch.zeros(0, 3), "a tensor of shape (0, 3)"), ({}, "{}"), ((), "()")],
+    [("text", "x: 'text'"), (torch.tensor(1.0), "x: a tensor of shape []"), ({}, "nothing"), ((), "nothing")],
 )
-def test_inputs_that_cannot_be_called_with(inputs, shown):
+def test_inputs_without_rows(inputs, shown):
     with refused(
         rdp.ArgumentError,
-        "example_inputs must be what the model is called with, a tensor, a tuple or a dict of keyword arguments, with "
-        f"at least one row; got {shown}",
+        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
+        "arguments. The model was called without any tensor that has a batch axis, so there are no rows to mask (it "
+        f"was called with {shown}); use mode='batch', which needs no rows, or attach to a part that is called with "
+        "rows, as model.backbone",
     ):
+        CASE.attach(CASE.model()).discover(inputs)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_inputs_that_the_model_does_not_take(mode):
+    arguments, message = {"y": torch.zeros(2, 3)}, "BlockMLP.forward() got an unexpected keyword argument 'y'"
+    with refused(
+        rdp.ArgumentError,
+        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
+        f"arguments. Called with (y: a tensor of shape [2, 3]) it raises TypeError: {message}",
+    ):
+        CASE.attach(CASE.model(), mode=mode).discover(arguments)
+
+
+def test_an_empty_example():
+    with refused(
+        rdp.ArgumentError,
+        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
+        "arguments. The batch is empty (0 rows); skip it, or train it under handle.paused()",
+    ):
+        inputs = torch.zeros(0, 3)
         CASE.attach(CASE.model()).discover(inputs)
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
+from rdp.calls import CallError
+from rdp.calls import Inputs as Inputs
 from rdp.copies import Hook
-from rdp.inputs import Inputs as Inputs
 from rdp.inputs import fresh
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
@@ -202,6 +203,8 @@ def initialise(model: nn.Module, inputs: Inputs) -> None:
         for norm in norms:
             norm.training = False
         run(model, inputs)
+    except Exception as error:
+        raise CallError(error) from error
     finally:
         for norm in norms:
             norm.training = True

@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from torch import nn
 
 from rdp import trees
+from rdp.calls import CallError, Inputs, described
 from rdp.discovery import forwards
 from rdp.discovery.find import find_branches, traced
 from rdp.errors import ForwardError, RdpError
-from rdp.inputs import Inputs, Rows, candidates, described
+from rdp.inputs import Rows, candidates
 from rdp.options import Options
 from rdp.refusals import EMPTY, NO_ROWS
 from rdp.rows.places import locate
@@ -100,18 +101,20 @@ def telling(model: nn.Module, inputs: Inputs, options: Options) -> Iterator[None
 
     Raises:
         ForwardError: If one cannot be made, though the model can be called with these inputs.
-        Exception: What the model itself raises when it is called with them.
+        CallError: If it cannot.
     """
     try:
         yield
     except RdpError:
         raise
     except Exception as error:
-        raise _told(model, inputs, options, error) from error
+        if (own := _raised(model, inputs)) is not None:
+            raise CallError(own) from own
+        raise _cannot_be_cut(model, inputs, options, error) from error
 
 
-def _told(model: nn.Module, inputs: Inputs, options: Options, error: Exception) -> Exception:
-    """What to raise where a forward of discovery has raised `error`."""
+def _raised(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What a model raises when it is called with these inputs, in eval mode and as in training too."""
     try:
         forwards.run(model, inputs)
     except Exception:
@@ -120,6 +123,10 @@ def _told(model: nn.Module, inputs: Inputs, options: Options, error: Exception) 
                 forwards.run(model, inputs)
         except Exception as own:
             return own
+    return None
+
+
+def _cannot_be_cut(model: nn.Module, inputs: Inputs, options: Options, error: Exception) -> ForwardError:
     name, called = type(model).__name__, described(model, inputs)
     raised = f"it raised {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if options.mode == "batch":

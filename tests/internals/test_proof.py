@@ -108,7 +108,7 @@ def test_what_breaks_a_law_on_rows_runs_dense_and_what_breaks_it_dense_is_refuse
         return {value: factor * x for value, x in replay(self, *given).items()}
 
     model = BlockMLP(KINDS)
-    monkeypatch.setattr("rdp.choose.plan_rows", _without_verification)
+    monkeypatch.setattr("rdp.look.plan_rows", _without_verification)
     monkeypatch.setattr(rows.branch.BranchOnRows, "replay", wrong)
     handle = rdp.attach(model, 0.5, decay="constant", example_inputs=model.rows(3, 0))
     assert [branch.compute for branch in handle.branches] == ["rows", "dense", "rows"]
