@@ -91,6 +91,19 @@ class CallError(Exception):
 
 
 @contextmanager
+def calling() -> Iterator[None]:
+    """The model is called in this context, with what was given, and nothing else is done.
+
+    Raises:
+        CallError: In the place of what it raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CallError(error) from error
+
+
+@contextmanager
 def as_called() -> Iterator[None]:
     """Raise what the model raises, as its user would see it without us."""
     try:
@@ -100,23 +113,17 @@ def as_called() -> Iterator[None]:
 
 
 @contextmanager
-def telling_example(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Say that it is `example_inputs` which a model cannot be called with.
+def telling(model: nn.Module, inputs: Inputs, argument: str) -> Iterator[None]:
+    """Say that it is `argument` which a model cannot be called with.
 
     Raises:
         ArgumentError: In the place of a `CallError` or a `ForwardError`.
     """
-    meant = (
-        f"example_inputs must be what {type(model).__name__} is called with: a tensor, a tuple of positional or a dict "
-        "of keyword arguments"
-    )
+    meant = f"{argument} (of which a tuple is taken for positional and a dict for keyword arguments)"
     try:
         yield
     except ForwardError as error:
-        text = str(error)
-        raise ArgumentError(f"{meant}. {text[:1].upper()}{text[1:]}") from error.__cause__
+        raise ArgumentError(f"{meant}: {error}") from error.__cause__
     except CallError as error:
-        raised = f"{type(error.__cause__).__name__}: {str(error.__cause__).strip()}"
-        raise ArgumentError(
-            f"{meant}. Called with ({described(model, inputs)}) it raises {raised}"
-        ) from error.__cause__
+        own, called = error.raised, f"{type(model).__name__}, called with ({described(model, inputs)})"
+        raise ArgumentError(f"{meant}: {called}, raises {type(own).__name__}: {str(own).strip()}") from own

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rdp import choose
 from rdp.branches import Branch, Refusal, branch_table
-from rdp.calls import Inputs, arguments_of, as_called, telling_example
+from rdp.calls import Inputs, arguments_of, as_called, telling
 from rdp.check import Checkup, check, warn_after_first_cycle
 from rdp.discovery.forwards import initialise
 from rdp.distributed.agreement import ShadowHook
@@ -254,7 +254,7 @@ class ResidualDropPath:
 
     def _discover_in(self, inputs: Any) -> Inputs:
         given = arguments_of(inputs)
-        with telling_example(self.model, given):
+        with telling(self.model, given, "example_inputs"):
             self._discover(*given)
         return given
 

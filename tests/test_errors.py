@@ -197,7 +197,13 @@ def test_scaling_kept_rows_through_a_functional_activation_is_refused_by_name():
 
 def test_example_inputs_that_do_not_fit_are_told_with_what_the_model_raises_and_leave_it_as_it_was():
     model, x = CASE.model(), torch.randn(2, 5).double()
-    words = ("example_inputs", "shapes", "x: a tensor of shape [2, 5]", "tuple of positional", "dict of keyword")
+    words = (
+        "example_inputs",
+        "shapes",
+        "x: a tensor of shape [2, 5]",
+        "tuple is taken for positional",
+        "a dict for keyword",
+    )
     refused(model, lambda: CASE.attach(model, example_inputs=x), *words, error=rdp.ArgumentError)
 
 

@@ -155,10 +155,10 @@ def test_an_optimizer_that_cannot_be_wrapped():
 def test_inputs_without_rows(inputs, shown):
     with refused(
         rdp.ArgumentError,
-        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
-        "arguments. The model was called without any tensor that has a batch axis, so there are no rows to mask (it "
-        f"was called with {shown}); use mode='batch', which needs no rows, or attach to a part that is called with "
-        "rows, as model.backbone",
+        "example_inputs (of which a tuple is taken for positional and a dict for keyword arguments): the model was "
+        "called without any tensor that has a batch axis, so there are no rows to mask (it was called with "
+        f"{shown}); use mode='batch', which needs no rows, or attach to a part that is called with rows, as "
+        "model.backbone",
     ):
         CASE.attach(CASE.model()).discover(inputs)
 
@@ -168,8 +168,8 @@ def test_inputs_that_the_model_does_not_take(mode):
     arguments, message = {"y": torch.zeros(2, 3)}, "BlockMLP.forward() got an unexpected keyword argument 'y'"
     with refused(
         rdp.ArgumentError,
-        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
-        f"arguments. Called with (y: a tensor of shape [2, 3]) it raises TypeError: {message}",
+        "example_inputs (of which a tuple is taken for positional and a dict for keyword arguments): BlockMLP, called "
+        f"with (y: a tensor of shape [2, 3]), raises TypeError: {message}",
     ):
         CASE.attach(CASE.model(), mode=mode).discover(arguments)
 
@@ -177,8 +177,8 @@ def test_inputs_that_the_model_does_not_take(mode):
 def test_an_empty_example():
     with refused(
         rdp.ArgumentError,
-        "example_inputs must be what BlockMLP is called with: a tensor, a tuple of positional or a dict of keyword "
-        "arguments. The batch is empty (0 rows); skip it, or train it under handle.paused()",
+        "example_inputs (of which a tuple is taken for positional and a dict for keyword arguments): the batch is "
+        "empty (0 rows); skip it, or train it under handle.paused()",
     ):
         inputs = torch.zeros(0, 3)
         CASE.attach(CASE.model()).discover(inputs)

@@ -7,7 +7,7 @@ not matter whether that addition stands in a block of its own (ResNet, ViT) or i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from rdp import trees
 from rdp.analysis.similarity import check_features
 from rdp.branches import GatePoint
+from rdp.calls import arguments_of, calling, telling
 from rdp.discovery import ops
 from rdp.discovery.forwards import undisturbed
 from rdp.errors import ArgumentError
@@ -40,11 +41,11 @@ def extract_features(handle: ResidualDropPath, inputs: Any) -> dict[str, Tensor]
         Layers in forward order, by the name of their gated module, after `"input"`: each a detached `Tensor[N, ...]`.
 
     Raises:
-        ArgumentError: If `handle` is not a live handle, its branches are not known yet, `inputs` is empty, a branch is
-            not reached, or a layer holds NaN or infinite values.
+        ArgumentError: If `handle` is not a live handle, its branches are not known yet, `inputs` is empty or not what
+            the model takes, a branch is not reached, or a layer holds NaN or infinite values.
     """
     check_handle(handle)
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     if any(tensor.numel() == 0 for tensor in trees.tensors((args, kwargs))):
         raise ArgumentError("inputs is empty: there is nothing to extract features from")
     recorder = _ResidualSums()
@@ -55,7 +56,7 @@ def extract_features(handle: ResidualDropPath, inputs: Any) -> dict[str, Tensor]
             for branch in handle.branches:
                 for gate in branch.gates:
                     hooks.append(modules[gate.module].register_forward_hook(recorder.follow(branch.name, gate)))
-            with recorder:
+            with telling(handle.model, (args, kwargs), "inputs"), calling(), recorder:
                 handle.model(*args, **kwargs)
         finally:
             for hook in hooks:
@@ -140,9 +141,3 @@ class _ResidualSums(TorchFunctionMode):
             for key, entry in self._carried.items()
             if not set(entry[1]) & set(names) and entry[0] is not value
         }
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.calls import CallError
 from rdp.calls import Inputs as Inputs
+from rdp.calls import calling
 from rdp.copies import Hook
 from rdp.inputs import fresh
 
@@ -202,9 +202,8 @@ def initialise(model: nn.Module, inputs: Inputs) -> None:
     try:
         for norm in norms:
             norm.training = False
-        run(model, inputs)
-    except Exception as error:
-        raise CallError(error) from error
+        with calling():
+            run(model, inputs)
     finally:
         for norm in norms:
             norm.training = True
