@@ -34,7 +34,7 @@ class BranchError(RdpError, RuntimeError):
 
 
 class ForwardError(RdpError, RuntimeError):
-    """A training forward cannot be gated: an empty batch, `vmap`, or a replica of the model."""
+    """A training forward cannot be gated: rows that are not found, an empty batch, `vmap`, a replica of the model."""
 
 
 class RankError(RdpError, RuntimeError):

@@ -228,7 +228,7 @@ def features(x: Tensor) -> Tensor:
 
 
 USES = {
-    "the first tensor": lambda net, given: net.rows(features(next(tensors(given)))),
+    "the first tensor": lambda net, given: net.rows(features(list(tensors(given))[0])),
     "the last tensor": lambda net, given: net.rows(features(list(tensors(given))[-1])),
     "all in one": lambda net, given: net.rows(torch.cat([features(x).reshape(-1, 4) for x in tensors(given)])),
     "each by itself": lambda net, given: [net.rows(features(x)) for x in tensors(given)],
