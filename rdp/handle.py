@@ -47,8 +47,7 @@ class ResidualDropPath:
 
     def __init__(self, model: nn.Module, options: Options, ranks: Ranks) -> None:
         check_training(model)
-        self.model = model
-        self.options = options
+        self.model, self.options = model, options
         self.refused: tuple[Refusal, ...] = ()
         self._proof = Proof({}, "no branch is known yet")
         self._run = Run(model, options, ranks, self._discover_as_called)

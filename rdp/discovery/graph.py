@@ -24,7 +24,7 @@ class Graph:
     @property
     def outputs(self) -> tuple[int, ...]:
         """The values that the model returns; where it hides them, the last that was made."""
-        return self.trace.root.outputs or (len(self.values) - 1,)
+        return self.trace.root.outputs or tuple(range(len(self.values)))[-1:]
 
     def ancestors(self, value: int, since: int, without: Collection[str] = ()) -> set[int]:
         """The data-dependent values made at or after `since` that `value` was made from, and itself.

@@ -227,9 +227,13 @@ def features(x: Tensor) -> Tensor:
     return x if x.shape[-1:] == (4,) else x.reshape(*x.shape[:1], -1).mean(-1, keepdim=True).expand(*x.shape[:1], 4)
 
 
+def everything(given: Any) -> list[Tensor]:
+    return list(tensors(given))
+
+
 USES = {
-    "the first tensor": lambda net, given: net.rows(features(list(tensors(given))[0])),
-    "the last tensor": lambda net, given: net.rows(features(list(tensors(given))[-1])),
+    "the first tensor": lambda net, given: net.rows(features(everything(given)[0])),
+    "the last tensor": lambda net, given: net.rows(features(everything(given)[-1])),
     "all in one": lambda net, given: net.rows(torch.cat([features(x).reshape(-1, 4) for x in tensors(given)])),
     "each by itself": lambda net, given: [net.rows(features(x)) for x in tensors(given)],
     "their sum": lambda net, given: net.rows(torch.stack([features(x) for x in tensors(given)]).sum(0)),
