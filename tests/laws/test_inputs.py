@@ -116,8 +116,7 @@ def train(model: nn.Module, handle: rdp.ResidualDropPath, args: tuple[Any, ...],
     assert handle.check().ok, str(handle.check())
 
 
-@pytest.mark.parametrize("at_attach", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize(("mode", "at_attach"), [("row", True), ("row", False), ("batch", False)])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_of_inputs_trains_or_has_its_error(form, mode, at_attach):
     make, args, expected = FORMS[form]
