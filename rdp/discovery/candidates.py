@@ -32,6 +32,8 @@ class Candidate:
     kind: Kind = "named"
     cuts: list[Cut] = field(default_factory=list)
     """Where else FREEZE stops gradients."""
+    note: str = ""
+    """What a reader of the table should know."""
     vouched: bool = False
     """Gated on the word of the user, who knows better than that reason."""
 
@@ -43,7 +45,7 @@ class Candidate:
     def ends(self, graph: Graph) -> list[End]:
         """Where it is gated."""
         if self.residuals and (not self.vouched or any(seam.of_block for seam in self.seams)):
-            return [(r.sum, i) for r in self.residuals for i in (r.branch, *graph.factors(r.sum, r.shortcut, r.branch))]
+            return [(r.entry, i) for r in self.residuals for i in (r.branch, *r.factors)]
         return [(None, seam.value) for seam in self.seams]  # what is masked, whatever becomes of it
 
 
@@ -88,14 +90,14 @@ def find_candidates(
 
 def _candidates(graph: Graph, residuals: list[Residual]) -> list[Candidate]:
     """One candidate a branch; sums fed by calls of the same modules are one branch with shared weights."""
+    ways_out = _WaysOut(graph, residuals)
     groups: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
-    for residual in residuals:
-        seams = find_seams(graph, residual)
+    for residual, seams in ways_out.ends:
         path = graph.between(residual.fork, residual.branch)
-        # Parallel branches may share their first modules; what runs through them ends in another branch.
-        ends = {residual.sum} | {r.branch for r in residuals if r.fork == residual.fork and r is not residual}
-        candidate = Candidate([residual], seams, path, _unsound(graph, residual, seams, ends), residual.kind)
-        key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}",)
+        reason = ways_out.unsound(residual, seams)
+        notes = ways_out.notes(residual, seams) if reason is None else ""
+        candidate = Candidate([residual], seams, path, reason, residual.kind, note=notes)
+        key = tuple(seam.call.name for seam in seams) or (f"{residual.sum}", f"{residual.branch}")
         groups[key].append(candidate)
     merged = []
     for group in groups.values():
@@ -113,26 +115,66 @@ def _candidates(graph: Graph, residuals: list[Residual]) -> list[Candidate]:
                 set().union(*(c.path for c in group)),
                 reasons[0] if reasons else None,
                 group[0].kind,
+                note=next(filter(None, (c.note for c in group)), ""),
             )
         )
     return merged
 
 
-def _unsound(graph: Graph, residual: Residual, seams: list[Seam], ends: set[int]) -> str | None:
-    if not seams:
-        return f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
-    if any(seam.of_block for seam in seams):
+class _WaysOut:
+    """Where the values of branches go besides the sum that they are for."""
+
+    def __init__(self, graph: Graph, residuals: list[Residual]) -> None:
+        self.graph = graph
+        self.ends = [(residual, find_seams(graph, residual)) for residual in residuals]
+        self._refused: set[int] = set()
+        """Sums whose gates do not exist, so that what they take in is not dropped."""
+        while True:
+            refused = {r.sum for r, seams in self.ends if self.unsound(r, seams) is not None}
+            if refused <= self._refused:
+                break
+            self._refused |= refused
+
+    def unsound(self, residual: Residual, seams: list[Seam]) -> str | None:
+        """Why a branch cannot be gated there."""
+        graph = self.graph
+        if not seams:
+            return (
+                f"no module returns what is added; the branch ends in the function `{graph.values[residual.branch].op}`"
+            )
+        if any(seam.of_block for seam in seams):
+            return None
+        late = parameters_after(graph, residual, residual.branch, seams)
+        if late:
+            before = ", ".join(f"`{seam.call.name}`" for seam in seams)
+            return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
+        for seam in seams:
+            # One module may end the branches of several sums, which are then gated together.
+            sums = {r.entry for r, others in self.ends if any(s.value == seam.value for s in others)}
+            if graph.reaches_output([seam.value], around=sums):
+                return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
+            inner, around = self._inner(residual, seam), self._gated(residual)
+            if graph.reaches_output(inner, around) and graph.joins(inner, around, residual.sum):
+                return (
+                    f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
+                )
         return None
-    late = parameters_after(graph, residual, residual.branch, seams)
-    if late:
-        before = ", ".join(f"`{seam.call.name}`" for seam in seams)
-        return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
-    for seam in seams:
-        if graph.reaches_output([seam.value], around=ends):
-            return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
-        if graph.reaches_output(graph.between(residual.fork, seam.value), around=ends):
-            return f"values inside the branch, before `{seam.call.name}`, also reach the model's output by another way"
-    return None
+
+    def notes(self, residual: Residual, seams: list[Seam]) -> str:
+        """What else is made of a branch, and stays."""
+        around = self._gated(residual)
+        if any(not s.of_block and self.graph.reaches_output(self._inner(residual, s), around) for s in seams):
+            return "values inside of it are also used beside the residual stream, where nothing drops them"
+        return ""
+
+    def _inner(self, residual: Residual, seam: Seam) -> set[int]:
+        """What is made of x before the end of the branch; views of x are x itself."""
+        path = self.graph.between(residual.fork, seam.value)
+        return path - self.graph.views(residual.fork, path) - {seam.value}
+
+    def _gated(self, residual: Residual) -> set[int]:
+        """Where the ways end on which something is dropped: other branches may be made of the same values."""
+        return {residual.entry} | {r.branch for r, _ in self.ends if r is not residual and r.sum not in self._refused}
 
 
 def _without_nested(graph: Graph, model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:

@@ -60,6 +60,8 @@ def find_cuts(graph: Graph, residuals: Sequence[Residual], seams: Sequence[Seam]
     """
     finder = _Finder(graph, residuals)
     if not any(seam.of_block for seam in seams):  # which are detached as a whole
+        if any(finder.learns(weight, inputs=False) for residual in residuals for weight in residual.weights):
+            raise NoCut("the sum weighs both, shortcut and branch, by something that would learn from frozen rows")
         for user, factor in _factors(graph, residuals, {seam.value for seam in seams}, path):
             try:
                 finder.cut(user, factor, torch.ones(graph.values[factor].shape, dtype=torch.bool, device="cpu"))
@@ -72,7 +74,7 @@ def find_cuts(graph: Graph, residuals: Sequence[Residual], seams: Sequence[Seam]
 def _factors(graph: Graph, residuals: Sequence[Residual], ends: set[int], path: set[int]) -> Iterator[tuple[int, int]]:
     """What is used between the gates and the sums but not made from x, each with the value that is made of it."""
     for residual in residuals:
-        for source in graph.factors(residual.sum, residual.shortcut, residual.branch):
+        for source in residual.factors:
             yield residual.sum, source
     todo, seen = [residual.branch for residual in residuals], set(ends)
     while todo:
@@ -94,7 +96,7 @@ class _Finder:
     def __init__(self, graph: Graph, residuals: Sequence[Residual]) -> None:
         self.graph, self.values = graph, graph.values
         self.ends = {residual.branch for residual in residuals}
-        self.shortcuts = {residual.sum: residual.shortcut for residual in residuals}
+        self.shortcuts = {residual.entry: residual.shortcut for residual in residuals}
         self.found: dict[tuple[str, bool, int], dict[int, Cut]] = {}
 
     def cut(self, user: int, index: int, wanted: Tensor) -> None:

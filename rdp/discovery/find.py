@@ -69,6 +69,7 @@ class Discovery:
         for candidate, names, around in zip(chosen, parameters, nesting.around, strict=True):
             sums = max(len(candidate.residuals), 1)
             notes = [f"{sums} sums share one module, and so one mask"] if sums > 1 else []
+            notes += [candidate.note] if candidate.note else []
             notes += ["ambiguous"] if any(r.ambiguous for r in candidate.residuals) else []
             branches.append(
                 Branch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 
 from rdp.discovery import ops
@@ -56,9 +57,23 @@ class Graph:
     def strip(self, value: int) -> int:
         """The value that `value` is a view of."""
         node = self.values[value]
-        while node.op in ops.VIEW and node.inputs and self.values[node.inputs[0]].is_data:
+        while self._is_view(node) and self.values[node.inputs[0]].is_data:
             node = self.values[node.inputs[0]]
         return node.index
+
+    def _is_view(self, node: Value) -> bool:
+        if node.op == "__getitem__" and len(node.inputs) == 1:  # `x[None]`
+            return math.prod(node.shape) == math.prod(self.values[node.inputs[0]].shape)
+        return node.op in ops.VIEW and bool(node.inputs)
+
+    def views(self, value: int, within: Collection[int]) -> set[int]:
+        """`value`, and those `within` that hold its numbers, or some of them, and nothing else."""
+        found = {value}
+        for index in sorted(within):
+            node = self.values[index]
+            if node.op in ops.VIEW | ops.SLICE and node.inputs[0] in found:
+                found.add(index)
+        return found
 
     def sources(self, value: int) -> Iterator[int]:
         """`value`, and those whose numbers it holds, some of them or several times."""
@@ -72,7 +87,7 @@ class Graph:
         """`value` and, if it is a sum, its terms and partial sums."""
         yield value
         node = self.values[self.strip(value)]
-        if node.op in ops.ADD and depth < _SUM_DEPTH:
+        if node.op in ops.ADD | ops.SUBTRACT and depth < _SUM_DEPTH:
             for i in node.inputs:
                 yield from self.terms(i, depth + 1)
 
@@ -90,10 +105,6 @@ class Graph:
     def parameters(self, path: Iterable[int]) -> set[str]:
         """Names of the parameters and buffers used on `path`."""
         return {name for i in self.constants(path) if (name := self.values[i].parameter) is not None}
-
-    def factors(self, sum_: int, shortcut: int, branch: int) -> list[int]:
-        """What a sum takes in besides its operands: in `addcmul` a factor of the branch."""
-        return [i for i in dict.fromkeys(self.values[sum_].inputs) if i not in (shortcut, branch)]
 
     def rank(self, path: Collection[int]) -> int:
         """`LINEAR_FORM`, `AFFINE_MAP` or `NONLINEAR`."""
@@ -119,6 +130,26 @@ class Graph:
             seen.add(index)
             todo.extend(self.values[index].users)
         return False
+
+    def joins(self, sources: Iterable[int], around: Collection[int], stream: int) -> bool:
+        """The same, but do they meet there, or on the way, what is made of `stream`, in more than a number?
+
+        What does not is an output of its own, or a term of the loss.
+        """
+        below = self._below([stream], ())
+        outputs = {i for i in self.trace.root.outputs if i not in below}
+        return any(i in below and self.values[i].shape != () for i in self._below(sources, around) - outputs)
+
+    def _below(self, sources: Iterable[int], around: Collection[int]) -> set[int]:
+        """All that is made of these on ways that pass none of the values `around`, and these."""
+        seen: set[int] = set()
+        todo = list(sources)
+        while todo:
+            index = todo.pop()
+            if index not in seen and index not in around:
+                seen.add(index)
+                todo.extend(self.values[index].users)
+        return seen
 
     def owners(self, value: int) -> set[Call]:
         """The module calls that were running when `value` was made."""

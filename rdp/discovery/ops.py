@@ -29,6 +29,9 @@ SCALE = _names(
 )
 """Each number times another."""
 
+DIVIDE = _names("div div_ true_divide divide")
+"""Of these, what may not be masked in its second number."""
+
 GATHER = _names("cat concat stack sum mean roll expand pad flip interpolate avg_pool2d adaptive_avg_pool2d fold repeat")
 """Linear and without a bias, of one or several values."""
 
@@ -59,7 +62,10 @@ ELEMENTWISE = (
 DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout")
 
 ADD = _names("add add_ addcmul addcmul_ __add__ __iadd__ __radd__")
-SUBTRACT = _names("sub sub_ subtract __isub__ rsub __rsub__")
+SUBTRACT = _names("sub sub_ subtract subtract_ __sub__ __isub__ rsub __rsub__")
+REDUCE = _names("sum mean einsum")
+"""Add up the values of a list that was put together."""
+
 CONCATENATE = _names("cat concat stack")
 
 WEIGHTED = _names("linear conv1d conv2d conv3d multi_head_attention_forward conv_transpose2d")
@@ -77,6 +83,15 @@ AFFINE = (
 
 MIXING = _names("matmul __matmul__ bmm einsum baddbmm softmax scaled_dot_product_attention")
 """Products of two data-dependent values, as in attention."""
+
+NO_SUM = COMMUTES | ELEMENTWISE | WEIGHTED | DROPOUT | (MIXING - {"baddbmm"})
+"""Known not to add some of the values they take to others, but by name (`ADD`, `SUBTRACT`)."""
+
+DISTANCE = _names(
+    "pow pow_ __pow__ square square_ abs abs_ norm linalg_norm linalg_vector_norm vector_norm mse_loss l1_loss "
+    "smooth_l1_loss huber_loss"
+)
+"""What is made of a difference that is an error."""
 
 UPSAMPLE = _names(
     "interpolate conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle upsample repeat_interleave"

@@ -14,11 +14,12 @@ rejected, with the reason.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rdp.branches import Kind
 from rdp.discovery import ops
-from rdp.discovery.graph import AFFINE_MAP, NONLINEAR, Graph
+from rdp.discovery.graph import AFFINE_MAP, LINEAR_FORM, NONLINEAR, Graph
+from rdp.discovery.sums import Sum, sum_of
 from rdp.discovery.trace import Value
 
 
@@ -32,6 +33,14 @@ class Residual:
     """x: where shortcut and branch part."""
     shortcut: int
     branch: int
+    entry: int
+    """The value that takes in shortcut and branch: the sum, or the list that is summed."""
+    scaled: bool = False
+    """Is a multiple of the shortcut added?"""
+    factors: tuple[int, ...] = ()
+    """What the sum multiplies the branch by, as `addcmul` does."""
+    weights: tuple[int, ...] = ()
+    """What the sum multiplies the shortcut by, as `lerp` does."""
     ambiguous: bool = False
     """Both ways are nonlinear, and only their number of layers told which is the shortcut."""
 
@@ -50,52 +59,102 @@ def find_residuals(graph: Graph) -> tuple[list[Residual], list[Rejection]]:
     found: list[Residual] = []
     rejected: list[Rejection] = []
     for node in graph.values:
-        if node.op not in ops.ADD:
+        total = sum_of(graph, node)
+        if total is None and node.op not in ops.ADD:
             continue
-        verdict = _classify(graph, node)
-        if isinstance(verdict, Residual):
-            reason = _disqualify(graph, verdict, sums={r.sum for r in found})
-            if reason is None:
-                found.append(verdict)
-                continue
-            verdict = reason
-        rejected.append(Rejection(node.index, node.owner.name if node.owner else "", verdict))
+        reasons = []
+        try:
+            for residual in _classify(graph, node, total):
+                reason = _disqualify(graph, residual, sums={r.sum for r in found})
+                if reason is None:
+                    found.append(_begun_late(graph, residual, found))
+                else:
+                    reasons.append(reason)
+        except _NotResidual as why:
+            reasons.append(str(why))
+        if node.op in ops.ADD:  # others are not thought of as additions where they are none
+            rejected += [Rejection(node.index, node.owner.name if node.owner else "", reason) for reason in reasons]
     return found, rejected
 
 
-def _classify(graph: Graph, node: Value) -> Residual | str:
-    """The residual that `node` is, or why it is none."""
+class _NotResidual(Exception):
+    """Why an addition is none."""
+
+
+def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
+    """The residual sums that `node` is, one for each branch."""
     values = graph.values
-    operands = [i for i in node.inputs if values[i].is_data]
-    if len(set(operands)) < 2:
-        return "adds a constant"  # bias, position embedding, buffer, x + x
-    left, right = operands[0], max(operands[1:])
-    if not node.is_float or values[left].shape != node.shape or values[right].shape != node.shape:
-        return "broadcasts or is no real floating point"
-    for shortcut, branch in ((left, right), (right, left)):
-        for fork in (shortcut, graph.strip(shortcut)):
-            if values[fork].is_float and fork in graph.ancestors(branch, fork):
-                return Residual(node.index, "identity", fork, shortcut, branch)
+    if total is None:
+        constant = sum(values[i].is_data for i in set(node.inputs)) < 2  # bias, position embedding, buffer, x + x
+        raise _NotResidual("adds a constant" if constant else "broadcasts or is no floating point")
+
+    def residual(kind: Kind, fork: int, shortcut: int, branch: int) -> Residual:
+        factors, weights = (total.factors.get(term, ()) for term in (branch, shortcut))
+        scaled = shortcut in total.scaled
+        return Residual(node.index, kind, fork, shortcut, branch, total.entry, scaled, factors, weights)
+
+    whole = [term for term in total.terms if term not in total.partial]
+    if not whole or (node.op in ops.ADD | ops.SUBTRACT and len(whole) < len(total.terms)):
+        raise _NotResidual("broadcasts or is no floating point")
+    for shortcut in whole:
+        others = [term for term in total.terms if term != shortcut]
+        forks = [_made_from(graph, shortcut, branch) for branch in others]
+        if all(fork is not None for fork in forks):
+            if node.op in ops.SUBTRACT and (shortcut in total.scaled or _is_distance(graph, node)):
+                raise _NotResidual("the increment of a value, or an error")
+            pairs = zip(forks, others, strict=True)
+            return [residual("identity", fork, shortcut, branch) for fork, branch in pairs if fork is not None]
+    if len(whole) != 2:
+        raise _NotResidual("no term is the shortcut of all others")
     begin = node.owner.begin if node.owner else 0
-    for shortcut, branch in ((left, right), (right, left)):
-        fork_or_none = _common_term(graph, shortcut, branch)
-        if fork_or_none is not None and all(i >= begin for i in graph.between(fork_or_none, branch)):
-            return Residual(node.index, "parallel", fork_or_none, shortcut, branch)
-    return _classify_projection(graph, node, left, right, begin)
+    for shortcut, branch in (whole, whole[::-1]):
+        if node.op in ops.SUBTRACT and (shortcut in total.scaled or _is_distance(graph, node)):
+            continue
+        term = _common_term(graph, shortcut, branch)
+        if term is not None and all(i >= begin for i in graph.between(term, branch)):
+            return [residual("parallel", term, shortcut, branch)]
+    if node.op in ops.SUBTRACT:
+        raise _NotResidual("a difference of two")
+    fork, shortcut, branch, ambiguous = _projected(graph, node, whole[0], whole[1], begin)
+    return [replace(residual("projection", fork, shortcut, branch), ambiguous=ambiguous)]
 
 
-def _common_term(graph: Graph, shortcut: int, branch: int) -> int | None:
-    for term in map(graph.strip, graph.terms(shortcut)):
-        if graph.values[term].is_float and term != branch and term in graph.ancestors(branch, term):
-            return term
+def _made_from(graph: Graph, shortcut: int, branch: int) -> int | None:
+    """The shortcut, or what it is a view of, if the branch is made from that."""
+    for fork in (shortcut, graph.strip(shortcut)):
+        if graph.values[fork].is_float and fork in graph.ancestors(branch, fork) - {branch}:
+            return fork
     return None
 
 
-def _classify_projection(graph: Graph, node: Value, left: int, right: int, begin: int) -> Residual | str:
+def _common_term(graph: Graph, shortcut: int, branch: int) -> int | None:
+    terms = (fork for term in graph.terms(shortcut) for fork in (term, graph.strip(term)))
+    return next((term for term in terms if _made_from(graph, term, branch) == term), None)
+
+
+def _is_distance(graph: Graph, node: Value) -> bool:
+    """Is a difference only used as an error, squared say?"""
+    todo, measured = [node.index], False
+    while todo:
+        index = todo.pop()
+        for user in map(graph.values.__getitem__, graph.values[index].users):
+            if user.op in ops.DISTANCE or (user.op in ops.SCALE and set(user.inputs) == {index}):
+                measured = True
+            elif user.op in ops.VIEW | ops.SLICE | ops.SCALE:
+                todo.append(user.index)
+            else:
+                return False
+        if index in graph.trace.root.outputs:
+            return False
+    return measured
+
+
+def _projected(graph: Graph, node: Value, left: int, right: int, begin: int) -> tuple[int, int, int, bool]:
+    """Fork, shortcut and branch where both operands were made from one value, and whether that is ambiguous."""
     values = graph.values
     common = [i for i in graph.ancestors(left, 0) & graph.ancestors(right, 0) if values[i].is_float]
     if not common:
-        return "operands have no common source"
+        raise _NotResidual("operands have no common source")
     fork = max(common)
     paths = {left: graph.between(fork, left), right: graph.between(fork, right)}
     # (rank, number of weighted layers): the smaller one is the shortcut
@@ -106,16 +165,35 @@ def _classify_projection(graph: Graph, node: Value, left: int, right: int, begin
         told_apart = weight[shortcut][1] == 1 < weight[branch][1]
         mixes = any(values[i].op in ops.MIXING for i in paths[shortcut])
         if weight[left][0] < NONLINEAR or not told_apart or mixes:
-            return "both operands are linear" if weight[left][0] < NONLINEAR else "both operands are nonlinear"
-    if any(i < begin for i in paths[branch]):
-        return "branch does not run inside the adding module"  # FPN, HRNet fusion
-    if all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in p) for p in paths.values()):
-        return "operands are parts of one split tensor"  # Res2Net
+            raise _NotResidual(f"both operands are {'linear' if weight[left][0] < NONLINEAR else 'nonlinear'}")
+    only_scaled = all(values[i].op in ops.VIEW | ops.SCALE for i in paths[shortcut])
+    if not (only_scaled and weight[shortcut][0] == LINEAR_FORM) and any(i < begin for i in paths[branch]):
+        raise _NotResidual("branch does not run inside the adding module")  # FPN, HRNet fusion
+    if all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in p) for p in paths.values()) and (
+        graph.reaches_output([branch], around={node.index})
+    ):
+        raise _NotResidual("operands are parts of one split tensor")  # Res2Net, but not RevNet
     if any(values[u].op in ops.CONCATENATE for u in node.users) and any(
         values[i].op not in ops.VIEW | ops.SLICE for i in paths[shortcut]
     ):
-        return "cell that feeds a concatenation"  # NASNet
-    return Residual(node.index, "projection", fork, shortcut, branch, ambiguous=tie)
+        raise _NotResidual("cell that feeds a concatenation")  # NASNet
+    return fork, shortcut, branch, tie
+
+
+def _begun_late(graph: Graph, residual: Residual, before: list[Residual]) -> Residual:
+    """The same with the sum of another stream for its fork, if its branch is made from that alone, as in RevNet.
+
+    In `a = a + f(b)`, `b = b + g(a)` the branch of the second sum is g.
+    """
+    path = graph.between(residual.fork, residual.branch)
+    for total in sorted({r.sum for r in before} & path, reverse=True):
+        after = graph.between(total, residual.branch)
+        alone = not any(
+            i in path - after - {total} or i == residual.fork for v in after for i in graph.values[v].inputs
+        )
+        if alone and (graph.reaches_output([total], around={residual.branch, residual.entry})):
+            return replace(residual, fork=total)
+    return residual
 
 
 def _disqualify(graph: Graph, residual: Residual, sums: set[int]) -> str | None:

@@ -40,7 +40,9 @@ def parameters_after(graph: Graph, residual: Residual, value: int, seams: list[S
     """Parameters applied between the seams and `value`: FREEZE could not keep undropped rows from training them."""
     before = set().union(*(graph.between(residual.fork, seam.value) for seam in seams))
     after = graph.between(residual.fork, value) - before
-    return graph.parameters(after | ({residual.sum} if value == residual.branch else set())) & graph.trainable
+    if value == residual.branch:
+        after = after | {residual.entry} | graph.between(residual.entry, residual.sum)
+    return graph.parameters(after) & graph.trainable
 
 
 def _seams(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
@@ -74,22 +76,40 @@ def _earlier_seams(graph: Graph, value: int, residual: Residual, path: set[int])
     sources = [i for i in dict.fromkeys(node.inputs) if i in path]
     whole = len(sources) == len(set(node.inputs))
     zero_only = node.op in ops.KEEPS_ZERO
-    if node.op in ops.ADD:
+    if node.op in ops.ADD | ops.SUBTRACT:
         needed = sources if whole and len(node.inputs) > 1 else []
     elif node.op in ops.GATHER:
         needed = sources if whole else []
     elif node.op in ops.SCALE:
         # Two data-dependent factors: both are masked, or gradients would pass FREEZE through the other one.
         needed, zero_only = sources, len(sources) > 1
+        if zero_only and node.op in ops.DIVIDE:
+            return []  # by zero
     elif node.op in ops.COMMUTES or node.op in ops.KEEPS_ZERO:
         needed = sources[:1]
     else:
         needed = []
     parts = [_seams(graph, i, residual, path) for i in needed]
+    if node.op in ops.SCALE and any(parts):
+        stops = [_stops(graph, i, residual, path) for i, part in zip(needed, parts, strict=True) if not part]
+        parts = [*stops, *filter(None, parts)]  # what is zero comes last, and gives the branch its name
     if not parts or not all(parts):
         return []
     seams = {seam.value: seam for part in parts for seam in part}
     return [replace(seam, zero_only=seam.zero_only or zero_only) for seam in seams.values()]
+
+
+def _stops(graph: Graph, value: int, residual: Residual, path: set[int]) -> list[Seam]:
+    """Seams that all of a factor's gradient passes. What they do to its numbers is no matter, since another is zero.
+
+    So in squeeze-excite, `f(x) * sigmoid(fc(f(x).mean()))`, the seams are f and fc.
+    """
+    node = graph.values[value]
+    calls = [c for c in node.returned_by if residual.fork < c.begin and graph.trace.count[c.name] == 1]
+    if calls:
+        return [Seam(calls[-1], value, zero_only=True)]
+    parts = [_stops(graph, i, residual, path) for i in dict.fromkeys(node.inputs) if i in path]
+    return [seam for part in parts for seam in part] if parts and all(parts) else []
 
 
 def block_seam(graph: Graph, residual: Residual) -> list[Seam]:
@@ -97,6 +117,7 @@ def block_seam(graph: Graph, residual: Residual) -> list[Seam]:
     owner = graph.values[residual.sum].owner
     if (
         residual.kind == "identity"
+        and not residual.scaled
         and owner is not None
         and owner is not graph.trace.root
         and owner.returns_tensor

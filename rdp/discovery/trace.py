@@ -221,7 +221,8 @@ class Trace(TorchFunctionMode):
     ) -> int:
         if is_data is None:
             is_data = any(self.values[i].is_data for i in inputs)
-        shape, is_float = _shape(tensor), tensor.is_floating_point()  # of a DTensor these are traced themselves
+        # Of a DTensor these are traced themselves.
+        shape, is_float = _shape(tensor), tensor.is_floating_point() or tensor.is_complex()
         index = len(self.values)
         owner = self._stack[-1] if self._stack else None
         gradients = self._gradients[-1] and not torch.is_inference_mode_enabled()

@@ -155,7 +155,7 @@ class Fusion(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Sums of numbers that are not real, and of shapes that are not the same."""
+    """Sums of two things alike, of whole numbers, and of shapes that are not the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,8 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.fft.fft(self.linear(x))
         spectrum = spectrum + torch.fft.fft(self.linear(x).tanh())
-        return spectrum.real + self.linear(x).mean(1, keepdim=True)
+        classes = self.linear(x).argmax(1) + self.linear(x).argmin(1)
+        return spectrum.real + self.linear(x).mean(1, keepdim=True) + classes[:, None]
 
 
 class NoParameters(nn.Module):
@@ -224,7 +225,7 @@ CASES = [
     (NasNetCell, IMAGE, ["both operands are nonlinear"]),
     (TwoTowers, IMAGE, ["both operands are nonlinear"]),
     (Fusion, IMAGE, ["branch does not run inside the adding module"]),
-    (Mixed, torch.randn(2, 8), ["broadcasts or is no real floating point"]),
+    (Mixed, torch.randn(2, 8), ["both operands are nonlinear", "broadcasts or is no floating point"]),
     (NoParameters, IMAGE, ["branch has no parameters"]),
     *((kind, torch.randn(2, 8, 3), [ADDED_BACK]) for kind in (Forecast, ForecastFromLast, ForecastInPlace)),
 ]
