@@ -17,7 +17,7 @@ from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
 from rdp.discovery.nesting import Nesting
 from rdp.discovery.ownership import parameters_by_branch
-from rdp.discovery.residuals import find_residuals, without_side_inputs
+from rdp.discovery.residuals import Rejection, find_residuals, passed_over, without_side_inputs
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.weightless import on_meta, weightless
 from rdp.errors import RdpError
@@ -33,12 +33,14 @@ class Discovery:
         candidates: The branches in forward order, with a reason where gating would be unsound.
         additions: Number of additions that were looked at.
         rejected: Why additions are no residual sums, and how many are none for that reason.
+        passed_over: Those of them that are in the midst of a residual stream.
     """
 
     graph: Graph
     candidates: list[Candidate]
     additions: int
     rejected: Mapping[str, int]
+    passed_over: Sequence[Rejection] = ()
 
     @property
     def accepted(self) -> list[Candidate]:
@@ -46,13 +48,19 @@ class Discovery:
         return [candidate for candidate in self.candidates if candidate.reason is None]
 
     def refused(self) -> tuple[Refusal, ...]:
-        """Residual sums that cannot be gated and are in no branch that is."""
+        """Sums of residual streams that cannot be gated and are in no branch that is."""
         nesting = Nesting(self.graph, [c.ends(self.graph) for c in self.accepted])
-        return tuple(
+        unsound = [
             Refusal(c.name, _block(self.graph, c), c.reason)
             for c in self.candidates
             if c.reason is not None and not all(nesting.is_inside(r.sum) for r in c.residuals)
-        )
+        ]
+        doubtful = [
+            Refusal("", r.block, f"a sum in the midst of the residual stream is none by itself, as {r.reason}")
+            for r in self.passed_over
+            if not nesting.is_inside(r.sum)
+        ]
+        return (*unsound, *doubtful)
 
     def branches(self, chosen: Sequence[Candidate] | None = None) -> tuple[Branch, ...]:
         """Those that are gated, in forward order; without rates, and it is not known where their rows are.
@@ -125,7 +133,8 @@ def find_branches(graph: Graph, model: nn.Module, named: Sequence[str] = (), sto
     additions = len(residuals) + len(rejected)
     residuals, side_inputs = without_side_inputs(graph, residuals)
     reasons = Counter(rejection.reason for rejection in [*rejected, *side_inputs])
-    return Discovery(graph, find_candidates(graph, model, residuals, named, stops), additions, reasons)
+    candidates = find_candidates(graph, model, residuals, named, stops)
+    return Discovery(graph, candidates, additions, reasons, passed_over(graph, residuals, rejected))
 
 
 def _gate_points(candidate: Candidate) -> tuple[GatePoint, ...]:

@@ -132,13 +132,13 @@ class Graph:
         return False
 
     def joins(self, sources: Iterable[int], around: Collection[int], stream: int) -> bool:
-        """The same, but do they meet there, or on the way, what is made of `stream`, in more than a number?
+        """The same, but do they get into an output that is made of `stream`, too, and not by a number alone?
 
-        What does not is an output of its own, or a term of the loss.
+        What does not join is an output of its own, or a term of the loss.
         """
-        below = self._below([stream], ())
-        outputs = {i for i in self.trace.root.outputs if i not in below}
-        return any(i in below and self.values[i].shape != () for i in self._below(sources, around) - outputs)
+        numbers = {node.index for node in self.values if node.shape == ()}
+        reached = self._below(sources, numbers.union(around)).intersection(self.trace.root.outputs)
+        return bool(reached) and not reached.isdisjoint(self._below([stream], ()))
 
     def _below(self, sources: Iterable[int], around: Collection[int]) -> set[int]:
         """All that is made of these on ways that pass none of the values `around`, and these."""

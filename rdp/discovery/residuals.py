@@ -77,6 +77,14 @@ def find_residuals(graph: Graph) -> tuple[list[Residual], list[Rejection]]:
     return found, rejected
 
 
+_NONLINEAR, _ELSEWHERE, _MANY = _NOT_TOLD_APART = (
+    "both operands are nonlinear",
+    "branch does not run inside the adding module",
+    "no term is the shortcut of all others",
+)
+"""Why a sum that looks like a residual one may not be taken for one."""
+
+
 class _NotResidual(Exception):
     """Why an addition is none."""
 
@@ -105,7 +113,7 @@ def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
             pairs = zip(forks, others, strict=True)
             return [residual("identity", fork, shortcut, branch) for fork, branch in pairs if fork is not None]
     if len(whole) != 2:
-        raise _NotResidual("no term is the shortcut of all others")
+        raise _NotResidual(_MANY)
     begin = node.owner.begin if node.owner else 0
     for shortcut, branch in (whole, whole[::-1]):
         if node.op in ops.SUBTRACT and (shortcut in total.scaled or _is_distance(graph, node)):
@@ -138,7 +146,7 @@ def _is_distance(graph: Graph, node: Value) -> bool:
     while todo:
         index = todo.pop()
         for user in map(graph.values.__getitem__, graph.values[index].users):
-            if user.op in ops.DISTANCE or (user.op in ops.SCALE and set(user.inputs) == {index}):
+            if user.op in ops.DISTANCE or (user.op in ops.SCALE and user.inputs == (index, index)):
                 measured = True
             elif user.op in ops.VIEW | ops.SLICE | ops.SCALE:
                 todo.append(user.index)
@@ -165,10 +173,10 @@ def _projected(graph: Graph, node: Value, left: int, right: int, begin: int) -> 
         told_apart = weight[shortcut][1] == 1 < weight[branch][1]
         mixes = any(values[i].op in ops.MIXING for i in paths[shortcut])
         if weight[left][0] < NONLINEAR or not told_apart or mixes:
-            raise _NotResidual(f"both operands are {'linear' if weight[left][0] < NONLINEAR else 'nonlinear'}")
+            raise _NotResidual(_NONLINEAR if weight[left][0] == NONLINEAR else "both operands are linear")
     only_scaled = all(values[i].op in ops.VIEW | ops.SCALE for i in paths[shortcut])
     if not (only_scaled and weight[shortcut][0] == LINEAR_FORM) and any(i < begin for i in paths[branch]):
-        raise _NotResidual("branch does not run inside the adding module")  # FPN, HRNet fusion
+        raise _NotResidual(_ELSEWHERE)  # FPN, HRNet fusion
     if all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in p) for p in paths.values()) and (
         graph.reaches_output([branch], around={node.index})
     ):
@@ -216,6 +224,10 @@ def _disqualify(graph: Graph, residual: Residual, sums: set[int]) -> str | None:
         return "sum of linear branches"  # re-parameterised RepVGG, MobileOne
     if not graph.parameters(path):
         return "branch has no parameters"
+    if values[residual.sum].op in ops.SUBTRACT and not any(values[i].op in ops.WEIGHTED | ops.MIXING for i in path):
+        return "branch has no layers"  # the time loop of RWKV
+    if values[graph.strip(residual.branch)].op == "detach":
+        return "branch learns nothing"  # the straight-through estimator
     if _adds_back(graph, residual):
         return "statistics of the input are added back"  # de-normalisation of time series
     return None
@@ -230,6 +242,25 @@ def _adds_back(graph: Graph, residual: Residual) -> bool:
         return False
     subtractions = (values[i] for i in graph.ancestors(residual.branch, min(fewer)) if values[i].op in ops.SUBTRACT)
     return any(fewer.intersection(graph.sources(node.inputs[1])) for node in subtractions if len(node.inputs) == 2)
+
+
+def passed_over(graph: Graph, residuals: list[Residual], rejected: list[Rejection]) -> list[Rejection]:
+    """Of additions that are no residual sums those in the midst of a stream of such, as in a highway block."""
+    streams = {graph.strip(i) for r in residuals for i in (r.shortcut, r.sum)}
+    goes_on = {graph.strip(r.shortcut) for r in residuals}
+
+    def on_stream(index: int) -> bool:
+        node = graph.values[graph.strip(index)]
+        scaled = node.op in ops.SCALE and any(map(on_stream, node.inputs))
+        return node.is_data and (node.index in streams or scaled)
+
+    return [
+        rejection
+        for rejection in rejected
+        if rejection.reason in _NOT_TOLD_APART
+        and graph.strip(rejection.sum) in goes_on
+        and any(map(on_stream, graph.values[rejection.sum].inputs))
+    ]
 
 
 def without_side_inputs(graph: Graph, residuals: list[Residual]) -> tuple[list[Residual], list[Rejection]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -52,11 +53,10 @@ def sum_of(graph: Graph, node: Value) -> Sum | None:
             return None
         broadcast = frozenset(i for i in operands if graph.values[i].shape != node.shape)
         return Sum(node.index, node.index, tuple(operands), _multiples(graph, node, operands), broadcast)
-    with torch.device("cpu"):
-        try:
-            return _tried(graph, node, operands)
-        except Exception:  # of whatever a function does not take in the place of its arguments
-            return None
+    try:
+        return _tried(graph, node, operands)
+    except Exception:  # of whatever a function does not take in the place of its arguments
+        return None
 
 
 def _multiples(graph: Graph, node: Value, operands: list[int]) -> frozenset[int]:
@@ -68,7 +68,10 @@ def _multiples(graph: Graph, node: Value, operands: list[int]) -> frozenset[int]
     def multiple(term: int) -> Tensor:
         return _value(graph, {node.index}, node.index, {i: one if i == term else zero for i in operands})
 
-    return frozenset(i for i in operands if multiple(i) != 1)
+    try:
+        return frozenset(i for i in operands if multiple(i) != 1)
+    except Exception:  # as above
+        return frozenset(operands)
 
 
 def _tried(graph: Graph, node: Value, operands: list[int]) -> Sum | None:
@@ -82,7 +85,9 @@ def _tried(graph: Graph, node: Value, operands: list[int]) -> Sum | None:
         operands = [i for i in dict.fromkeys(entry.inputs) if graph.values[i].is_data and graph.values[i].is_float]
     elif node.op in ops.NO_SUM or node.recipe is None:
         return None
-    fitting = [i for i in operands if graph.values[i].shape == node.shape or entry is not node]
+    size = math.prod(node.shape)
+    shapes = {i: graph.values[i].shape for i in operands}
+    fitting = [i for i in operands if shapes[i] == node.shape or (entry is not node and math.prod(shapes[i]) == size)]
     if len(operands) < 2 or not fitting or not (node.op in ops.ADD or _depend(graph, operands)):
         return None
     trial = functools.partial(_Trial, graph, chain, node)
@@ -189,10 +194,5 @@ class _Trial:
 
     def _placed(self, term: int, numbers: Mapping[int, Tensor]) -> Tensor | None:
         """The numbers of a term in the form of the sum."""
-        shape = self.node.shape
         given = numbers[term]
-        return given.reshape(shape) if given.numel() == self.node_size else None
-
-    @property
-    def node_size(self) -> int:
-        return int(torch.Size(self.node.shape).numel())
+        return given.reshape(self.node.shape) if given.numel() == math.prod(self.node.shape) else None

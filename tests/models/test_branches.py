@@ -267,11 +267,26 @@ REFUSED = {
     "no module returns what is added; the branch ends in the function `sigmoid`": lambda s, x: F.relu(
         x + torch.sigmoid(s.f(x))
     ),
+    "the sum weighs both, shortcut and branch": lambda s, x: torch.lerp(x, s.f(x), torch.sigmoid(s.g(x))),
+    "['block.g.0.bias'] are applied after `block.f`": lambda s, x: torch.lerp(x, s.f(x), s.g[0].bias),
+    "the branch ends in the function `div`": lambda s, x: F.relu(x + s.f(x) / s.g(x).exp()),
+    "the branch ends in the function `einsum`": lambda s, x: F.relu(x + torch.einsum("nd,d->nd", s.f(x), s.g[0].bias)),
 }
 
 
 @pytest.mark.parametrize(
-    ("reason", "body"), REFUSED.items(), ids=["leaky end", "leaky inside", "called twice", "no seam"]
+    ("reason", "body"),
+    REFUSED.items(),
+    ids=[
+        "leaky end",
+        "leaky inside",
+        "called twice",
+        "no seam",
+        "lerp by data",
+        "lerp by weight",
+        "quotient",
+        "einsum",
+    ],
 )
 def test_what_cannot_be_gated_soundly_is_refused_with_the_reason(reason: str, body: Callable[..., Tensor]) -> None:
     model = net(body, f=mlp(), g=mlp())
@@ -288,3 +303,55 @@ def test_naming_a_refused_branch_gates_it() -> None:
     model = net(lambda s, x: x + s.f(s.g(s.f(x))), f=mlp(), g=mlp())
     found = find(model, torch.randn(2, DIM), branches=["block.f"])
     assert ([b.name for b in found.branches], found.refused) == (["block.f"], ())
+
+
+def test_a_sum_in_the_midst_of_the_stream_that_is_no_residual_one_is_named() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = x + s.f(x)
+        z = torch.sigmoid(s.gate(x))
+        x = z * x + (1 - z) * s.h(x)
+        return x + s.g(x)
+
+    found = find(net(body, f=mlp(), g=mlp(), h=mlp(), gate=mlp()), torch.randn(2, DIM))
+    assert [b.name for b in found.branches] == ["block.f", "block.g"]
+    (refusal,) = found.refused
+    assert refusal.block == "block"
+    assert "in the midst of the residual stream is none by itself, as both operands are nonlinear" in refusal.reason
+
+
+class RouterLoss(nn.Module):
+    """A mixture of experts: the router is in the branches, and has a loss of its own over all layers."""
+
+    def __init__(self, two_outputs: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 2)
+        self.routers = nn.ModuleList(nn.Linear(DIM, 2) for _ in range(2))
+        self.layers = nn.ModuleList(self.Experts() for _ in range(2))
+        self.two_outputs = two_outputs
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(mlp() for _ in range(2))
+
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            return sum(weights[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, logits = self.stem(x), []
+        for router, layer in zip(self.routers, self.layers, strict=True):
+            logits.append(router(x))
+            x = x + layer(x, logits[-1].softmax(-1))
+        balance = torch.cat(logits).softmax(-1).mean(0).square().sum()
+        return (self.head(x), balance) if self.two_outputs else self.head(x) + balance
+
+
+@pytest.mark.parametrize("two_outputs", [True, False])
+def test_a_router_with_a_loss_of_its_own_is_no_part_of_the_branch(two_outputs: bool) -> None:
+    model, x = RouterLoss(two_outputs), torch.randn(2, DIM)
+    found = find(model, x)
+    assert ([b.name for b in found.branches], found.refused) == (["layers.0", "layers.1"], ())
+    for branch in found.branches:
+        assert {name.split(".")[0] for name in branch.parameters} == {"layers"}
+        assert branch.note.startswith("values inside of it are also used beside the residual stream")
+    assert two_outputs is False or check_gating(model, {"x": x}) == []

@@ -250,6 +250,55 @@ def test_attaching_to_a_model_without_branches_says_what_was_looked_at(
     assert sum(int(count) for count, _ in counts) == int(number)
 
 
+class Autoencoder(Forecast):
+    """Returns its error, which is a difference of x and what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.layers(x)) / 2).square().mean()
+
+
+class Increment(Autoencoder):
+    """What x would have to be changed by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers(x) - x).tanh()
+
+
+class StraightThrough(Autoencoder):
+    """Vector quantisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layers(x)
+        nearest = torch.cdist(z, self.codes.weight.expand(len(z), -1, -1)).argmin(-1)
+        return (z + (self.codes(nearest) - z).detach()).tanh()
+
+
+class TimeLoop(Autoencoder):
+    """RWKV's: numbers that decay are carried from step to step, relative to the largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, state, largest = self.layers(x), torch.zeros_like(x[:, 0]), torch.full_like(x[:, 0], -9.0)
+        decay = self.layers[0].bias.exp().mean()
+        for key in keys.unbind(1):
+            new = torch.maximum(largest + decay, key)
+            state = torch.exp(largest + decay - new) * state + torch.exp(key - new)
+            largest = new
+        return state
+
+
+@pytest.mark.parametrize("kind", [Autoencoder, Increment, StraightThrough, TimeLoop])
+def test_a_difference_that_is_no_residual_sum_is_neither_gated_nor_reported(kind: type[nn.Module]) -> None:
+    assert find(kind(), torch.randn(2, 8, 3)) == ((), ())
+
+
 class Decoder(nn.Module):
     """DETR's decoder layer: learned queries are added to the input of attention, and are no residual stream."""
 
