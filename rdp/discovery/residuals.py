@@ -177,9 +177,8 @@ def _projected(graph: Graph, node: Value, left: int, right: int, begin: int) -> 
     only_scaled = all(values[i].op in ops.VIEW | ops.SCALE for i in paths[shortcut])
     if not (only_scaled and weight[shortcut][0] == LINEAR_FORM) and any(i < begin for i in paths[branch]):
         raise _NotResidual(_ELSEWHERE)  # FPN, HRNet fusion
-    if all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in p) for p in paths.values()) and (
-        graph.reaches_output([branch], around={node.index})
-    ):
+    parts = all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in path) for path in paths.values())
+    if parts and (weight[shortcut][0] > LINEAR_FORM or graph.reaches_output([branch], around={node.index})):
         raise _NotResidual("operands are parts of one split tensor")  # Res2Net, but not RevNet
     if any(values[u].op in ops.CONCATENATE for u in node.users) and any(
         values[i].op not in ops.VIEW | ops.SLICE for i in paths[shortcut]
@@ -196,10 +195,9 @@ def _begun_late(graph: Graph, residual: Residual, before: list[Residual]) -> Res
     path = graph.between(residual.fork, residual.branch)
     for total in sorted({r.sum for r in before} & path, reverse=True):
         after = graph.between(total, residual.branch)
-        alone = not any(
-            i in path - after - {total} or i == residual.fork for v in after for i in graph.values[v].inputs
-        )
-        if alone and (graph.reaches_output([total], around={residual.branch, residual.entry})):
+        elsewhere = (path - after - {total}) | {residual.fork}
+        alone = elsewhere.isdisjoint(i for value in after for i in graph.values[value].inputs)
+        if alone and graph.reaches_output([total], around={residual.branch, residual.entry}):
             return replace(residual, fork=total)
     return residual
 

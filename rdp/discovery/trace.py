@@ -293,11 +293,11 @@ def _scripted_calls(trace: Trace) -> Iterator[None]:
 
     try:
         for kind, call in zip(kinds, calls, strict=True):
-            kind.__call__ = shown(call)
+            kind.__call__ = shown(call)  # type: ignore[method-assign]
         yield
     finally:
         for kind, call in zip(kinds, calls, strict=True):
-            kind.__call__ = call
+            kind.__call__ = call  # type: ignore[method-assign]
 
 
 def _local(tensor: Tensor) -> Tensor | None:

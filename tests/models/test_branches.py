@@ -268,7 +268,7 @@ REFUSED = {
         x + torch.sigmoid(s.f(x))
     ),
     "the sum weighs both, shortcut and branch": lambda s, x: torch.lerp(x, s.f(x), torch.sigmoid(s.g(x))),
-    "['block.g.0.bias'] are applied after `block.f`": lambda s, x: torch.lerp(x, s.f(x), s.g[0].bias),
+    "block.g.0.bias'] are applied after `block.f`": lambda s, x: torch.lerp(x, s.f(x), s.g[0].bias),
     "the branch ends in the function `div`": lambda s, x: F.relu(x + s.f(x) / s.g(x).exp()),
     "the branch ends in the function `einsum`": lambda s, x: F.relu(x + torch.einsum("nd,d->nd", s.f(x), s.g[0].bias)),
 }

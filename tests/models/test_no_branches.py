@@ -294,8 +294,16 @@ class TimeLoop(Autoencoder):
         return state
 
 
-@pytest.mark.parametrize("kind", [Autoencoder, Increment, StraightThrough, TimeLoop])
-def test_a_difference_that_is_no_residual_sum_is_neither_gated_nor_reported(kind: type[nn.Module]) -> None:
+class TwoHeads(Autoencoder):
+    """VOLO's: one head for the first token, one for the others, whose largest values are added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x).tanh()
+        return self.layers[0](x[:, 0]) + 0.5 * self.layers[0](x[:, 1:]).max(1).values
+
+
+@pytest.mark.parametrize("kind", [Autoencoder, Increment, StraightThrough, TimeLoop, TwoHeads])
+def test_a_sum_or_difference_that_is_no_residual_sum_is_neither_gated_nor_reported(kind: type[nn.Module]) -> None:
     assert find(kind(), torch.randn(2, 8, 3)) == ((), ())
 
 
