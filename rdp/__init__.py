@@ -25,6 +25,7 @@ from rdp.errors import (
 )
 from rdp.handle import ResidualDropPath
 from rdp.phases import Phase
+from rdp.pruning import prune
 from rdp.training.optimizer import MaskedOptimizer
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "StateError",
     "UnknownAttributeError",
     "attach",
+    "prune",
     "rate_schedules",
 ]

@@ -19,7 +19,7 @@ from rdp.discovery.candidates import Candidate, held
 from rdp.discovery.find import Discovery
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
-from rdp.inputs import Rows
+from rdp.inputs import Rows, fresh
 from rdp.look import look
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
@@ -98,6 +98,8 @@ class Choice:
     refused: tuple[Refusal, ...]
     programs: Mapping[str, Program]
     """By name, the branches that can be run on some of the rows."""
+    found_with: Inputs
+    """Two rows of the input; all of it where batch mode knows of no rows."""
     silenced: tuple[NativeDrop, ...] = ()
     """What dropped paths by itself, and does not any more."""
     rows: Rows | None = None
@@ -207,7 +209,8 @@ def _choose_branches(
                 f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
             )
     programs = {name: program for name, program in plan.programs.items() if program.fewest < NEVER}
-    return Choice(rated, refused, programs, warnings=tuple(told), rows=seen.rows)
+    few = seen.rows.take(inputs, 2) if seen.rows is not None else fresh(inputs)
+    return Choice(rated, refused, programs, few, warnings=tuple(told), rows=seen.rows)
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:

@@ -27,7 +27,7 @@ from rdp.phases import Phase
 from rdp.proof import BUDGET, Proof, prove
 from rdp.rates import check_rate
 from rdp.refusals import check_training
-from rdp.training import compiled, hooks
+from rdp.training import compiled, hooks, lesions
 from rdp.training.optimizer import MaskedOptimizer
 from rdp.training.replaced import Places
 from rdp.training.run import Run
@@ -50,6 +50,7 @@ class ResidualDropPath:
         self.model, self.options = model, options
         self.refused: tuple[Refusal, ...] = ()
         self._proof = Proof({}, "no branch is known yet")
+        self._found_with: Inputs = (), {}
         self._run = Run(model, options, ranks, self._discover_as_called)
         self._run.first.examine = functools.partial(warn_after_first_cycle, self._run)
         compiled.attached(self._run)
@@ -150,6 +151,21 @@ class ResidualDropPath:
         finally:
             self._run.pauses -= 1
             del self._run.calls.running[depth:]  # no hook is called where KeyboardInterrupt ended a forward
+
+    @contextmanager
+    def without(self, branches: lesions.Which) -> Iterator[None]:
+        """Within this context these branches contribute nothing; else forwards are plain, as in `paused`. It nests.
+
+        Args:
+            branches: Names, or a function of (name, module). With checkpointed activations, a backward belongs inside.
+
+        Raises:
+            ArgumentError, BranchError: If these are no branches, or none are known yet.
+        """
+        self._check_attached()
+        self._run.look()
+        with self.paused(), lesions.without(self._run, lesions.chosen(self._run, branches)):
+            yield
 
     def discover(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
         """Find the branches now, from the inputs of a forward; does nothing where they are known.
@@ -302,7 +318,7 @@ class ResidualDropPath:
             del self._silenced[silenced:]
             run.expected = expected
             raise
-        run.expected, self.refused = None, choice.refused
+        run.expected, self.refused, self._found_with = None, choice.refused, choice.found_with
         self._places, run.look = places, places.look
         for text in choice.warnings:
             warn(text)

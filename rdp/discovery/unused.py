@@ -1,0 +1,75 @@
+"""What of a model is for nothing once some values are taken away: the modules and parameters that serve these alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from rdp.discovery import ops
+from rdp.discovery.graph import Graph
+from rdp.discovery.trace import Call
+
+
+class Unused:
+    """What a forward needs no more.
+
+    Args:
+        graph: The forward.
+        zeros: Values in whose place there are zeros.
+        passed: Values in whose place there is another: what a block was given, in the place of what it returns.
+    """
+
+    def __init__(self, graph: Graph, zeros: Iterable[int], passed: Mapping[int, int]) -> None:
+        self._graph = graph
+        self.zeros = frozenset(zeros)
+        self._before = _reaching_output(graph, frozenset(), {})
+        self._after = _reaching_output(graph, self.zeros, passed)
+
+    def is_looked_at(self, value: int) -> bool:
+        """Is the output made of this value still?"""
+        return value in self._after
+
+    def modules(self) -> dict[str, list[Call]]:
+        """The modules of which no call makes or returns anything that is needed, by name, in the order of the calls."""
+        calls: dict[str, list[Call]] = defaultdict(list)
+        for call in self._graph.trace.calls:
+            calls[call.name].append(call)
+        return {name: each for name, each in calls.items() if name and self._is_unused(each)}
+
+    def parameters(self) -> set[str]:
+        """The parameters that were of use, and are needed no more."""
+        uses: dict[str, set[int]] = defaultdict(set)
+        for value in self._graph.values:
+            if value.parameter in self._graph.trainable:
+                uses[value.parameter].add(value.index)
+        return {
+            name for name, each in uses.items() if not each.isdisjoint(self._before) and each.isdisjoint(self._after)
+        }
+
+    def layer(self, parameters: Collection[str]) -> tuple[str, str] | None:
+        """One of these parameters that a layer's function takes, and that function; None if there is none."""
+        for value in self._graph.values:
+            if value.op in ops.WEIGHTED and (taken := self._graph.parameters([value.index]).intersection(parameters)):
+                return min(taken), value.op
+        return None
+
+    def _is_unused(self, calls: list[Call]) -> bool:
+        values = self._graph.values
+        made = {i for call in calls for i in range(call.begin, min(call.end, len(values))) if values[i].is_data}
+        returned = {i for call in calls for i in call.outputs}
+        was_of_use = not made.isdisjoint(self._before) or not returned.isdisjoint(self.zeros)
+        return was_of_use and made.isdisjoint(self._after) and returned.isdisjoint(self._after)
+
+
+def _reaching_output(graph: Graph, zeros: frozenset[int], passed: Mapping[int, int]) -> set[int]:
+    """The values that the model's output is made of."""
+    seen: set[int] = set()
+    todo = list(graph.outputs)
+    while todo:
+        index = todo.pop()
+        if index in passed:
+            todo.append(passed[index])
+        elif index not in seen and index not in zeros:
+            seen.add(index)
+            todo.extend(graph.values[index].inputs)
+    return seen
