@@ -37,8 +37,8 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import rdp
-from rdp.analysis import FeatureReuse, extract_features, feature_reuse, grid, spiral
-from rdp.tensorboard import Panels
+from rdp.analysis import FeatureReuse, Lesions, extract_features, feature_reuse, grid, lesions, spiral
+from rdp.tensorboard import Panels, lesion_panel, png
 
 CHECKPOINT_MINUTES = 1 / 6
 
@@ -125,6 +125,7 @@ class Result:
 
     accuracy: float
     reuse: FeatureReuse
+    lesions: Lesions
     seconds: float
 
 
@@ -204,7 +205,9 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
         panels.draw(handle.step_count)
         panels.save(folder)
     features = extract_features(handle, grid(GRID).to(config.device))
-    return Result(test(model, *test_set), feature_reuse(list(features.values())), time.monotonic() - started)
+    found = lesions(handle, lambda: test(model, *test_set), progress=False)
+    reuse = feature_reuse(list(features.values()))
+    return Result(test(model, *test_set), reuse, found, time.monotonic() - started)
 
 
 @torch.no_grad()
@@ -245,12 +248,17 @@ def check(config: Config) -> None:
 def report(results: dict[str, Result], config: Config, folder: Path) -> str:
     """What is printed at the end."""
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    lines = [f"{'':10}{'test accuracy':>14}{'reused':>9}{'recreated':>11}{'seconds':>9}"]
+    lines = [f"{'':10}{'test accuracy':>14}{'without one':>13}{'reused':>9}{'recreated':>11}{'seconds':>9}"]
     for algorithm, r in results.items():
+        lesioned = sum(lesion.metric for lesion in r.lesions.table) / len(r.lesions.table)
         lines.append(
-            f"{algorithm:10}{r.accuracy:>14.2%}{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}{r.seconds:>9.1f}"
+            f"{algorithm:10}{r.accuracy:>14.2%}{lesioned:>13.2%}{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}"
+            f"{r.seconds:>9.1f}"
         )
-    lines.append("(reused, recreated: the two parts of the similarity between layers, see docs/feature_reuse.md)\n")
+    lines.append(
+        "(without one: mean accuracy without one of the branches, see docs/shallower.md and lesions.png; reused,"
+    )
+    lines.append("recreated: the two parts of the similarity between layers, see docs/feature_reuse.md)\n")
     lines.append(f"Pictures    {folder}/*/*.png, such as {folder / next(iter(results)) / 'features_nodes.png'}")
     lines.append(f"TensorBoard {python} -m tensorboard.main --logdir {folder}, then open http://localhost:6006")
     return "\n".join(lines)
@@ -270,6 +278,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Result]:
         algorithms = list(ALGORITHMS) if config.algorithm == "all" else [config.algorithm]
         print(f"depth {config.depth}, width {config.width}, {config.epochs} epochs of {config.samples} points")
         results = {name: train(name, config, folder / name) for name in algorithms}
+        picture = lesion_panel({name: result.lesions for name, result in results.items()}, metric="accuracy")
+        (folder / "lesions.png").write_bytes(png(picture))
         print(report(results, config, folder))
         return results
 

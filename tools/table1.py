@@ -41,6 +41,7 @@ PLACE = {
     "workers",
     "checkpoint_minutes",
     "progress",
+    "lesions",
 }
 NEEDED = {"dataset", "model", "algorithm", "mode", "rate", "seed", "top1", "steps", "train_seconds", "relative_flops"}
 HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs")

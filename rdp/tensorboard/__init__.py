@@ -1,7 +1,7 @@
 """Pictures of feature reuse, as images and live in TensorBoard. Needs the extra `residual-droppath[tensorboard]`.
 
-`Panels` logs an attached model from any training loop; `feature_panel`, `similarity_panel`, `training_panel` and
-`comparison_panel` draw one image each. Nothing else in the library draws.
+`Panels` logs an attached model from any training loop; `feature_panel`, `similarity_panel`, `training_panel`,
+`comparison_panel` and `lesion_panel` draw one image each. Nothing else in the library draws.
 """
 
 try:
@@ -13,7 +13,7 @@ except ImportError as _error:
         f"rdp.tensorboard needs {_error.name}; install it with: pip install 'residual-droppath[tensorboard]'"
     ) from _error
 
-from rdp.tensorboard.charts import History, comparison_panel, similarity_panel, training_panel
+from rdp.tensorboard.charts import History, comparison_panel, lesion_panel, similarity_panel, training_panel
 from rdp.tensorboard.colors import Image
 from rdp.tensorboard.events import png
 from rdp.tensorboard.feature_panel import Layer, feature_panel
@@ -28,6 +28,7 @@ __all__ = [
     "comparison_panel",
     "evenly",
     "feature_panel",
+    "lesion_panel",
     "node_maps",
     "png",
     "similarity_panel",

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from rdp.analysis.lesions import Lesions
 from rdp.analysis.reuse import feature_reuse
 from rdp.analysis.similarity import cka_matrix, cosine_matrix, distance_matrix
 from rdp.tensorboard.colors import LINES, MAGNITUDE, UNDEFINED, Image
@@ -91,6 +92,56 @@ def comparison_panel(
         near.set(title="CKA with the input", ylim=(-0.03, 1.03))
         near.legend(edgecolor="none", framealpha=0.8)
         return _pixels(figure)
+
+
+def lesion_panel(
+    results: Lesions | Mapping[str, Lesions | Sequence[Lesions]],
+    *,
+    title: str = "What is each branch worth?",
+    metric: str = "metric",
+) -> Image:
+    """Draw what each branch is worth, and the metric with fewer and fewer branches.
+
+    Args:
+        results: What `rdp.analysis.lesions` returned; or that by name, of several runs perhaps, to compare ways of
+            training. The networks have the same number of branches.
+        title: First line of the image.
+        metric: Its name.
+
+    Returns:
+        The image, `uint8[340, 700, 3]`: means over runs; bands reach from the lowest to the highest one.
+    """
+    named = {"": results} if isinstance(results, Lesions) else results
+    runs = {name: [each] if isinstance(each, Lesions) else list(each) for name, each in named.items()}
+    with matplotlib.rc_context(_TEXT):
+        figure = _figure(title, height=3.4)
+        bars, curves = figure.subplots(1, 2)
+        for place, (color, (name, each)) in enumerate(zip(LINES, runs.items(), strict=False)):
+            worth = np.mean([[lesion.worth for lesion in result.table] for result in each], axis=0)
+            count, width = len(worth), 0.8 / len(runs)
+            bars.bar(np.arange(count) + 1 + width * (place - (len(runs) - 1) / 2), worth, width, color=color)
+            ways = [
+                (name or "worth least first", "-", [result.least for result in each]),
+                ("_" if name else "at random", "--", [_means(result.random) for result in each]),
+            ]
+            for label, style, by_number in ways:
+                kept = [count - number for number in by_number[0]]
+                values = np.array([list(one.values()) for one in by_number])
+                if values.size:
+                    curves.plot(kept, values.mean(0), style, color=color, label=label, marker=".", linewidth=1.5)
+                    curves.fill_between(kept, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+        bars.axhline(0, color="black", linewidth=0.8)
+        bars.set(title=f"{metric} lost without it", xlabel="branch, in forward order")
+        dashed = " (dashed: random)" if "" not in runs else ""
+        curves.set(title=f"{metric} left{dashed}", xlabel="branches kept", xlim=(count + 0.3, -0.3))
+        for axes in (bars, curves):
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        curves.legend(edgecolor="none", framealpha=0.8, fontsize=10)
+        return _pixels(figure)
+
+
+def _means(drawn: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {number: float(np.mean(values)) for number, values in drawn.items()}
 
 
 Curves = dict[str, list[tuple[int, float]]]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rdp.analysis.features import check_handle, extract_features
+from rdp.analysis.lesions import Lesions
 from rdp.analysis.reuse import feature_reuse
 from rdp.errors import ArgumentError
 from rdp.handle import ResidualDropPath
 from rdp.phases import Phase
-from rdp.tensorboard.charts import History, similarity_panel, training_panel
+from rdp.tensorboard.charts import History, lesion_panel, similarity_panel, training_panel
 from rdp.tensorboard.colors import Image
 from rdp.tensorboard.events import Events, png, writable
 from rdp.tensorboard.feature_panel import Layer, feature_panel
@@ -31,6 +32,7 @@ _ABOUT = """
 * `features/similarity`: each layer against the input, and against each other layer.
 * `feature_reuse`: that picture as two numbers. *Reused* is similarity that all layers in between carry, *recreated*
   similarity that was lost on the way and came back. `rdp/analysis/reuse.py` defines them.
+* `lesions`: what each branch is worth, if the training loop measures it.
 * `training`: what Residual DropPath does: which rows are dropped, what is frozen, how large gradients are.
 """
 
@@ -43,6 +45,8 @@ _DESCRIPTIONS = {
     "their input on.",
     "feature_reuse/recreated": "Mean similarity of two layers that was lost in between and came back; the paper's "
     "complaint.",
+    "lesions": "Left: how much worse the network is without each branch. Right: with fewer and fewer branches, those "
+    "that are worth least taken away first, or random ones.",
     "training/overview": "Rows dropped by branch since the last picture, gradient norm by phase, live and frozen "
     "parameters, metrics.",
     "training/live_parameters": "Parameters that a row of this step reached the loss through.",
@@ -188,6 +192,18 @@ class Panels:
                 self.events.scalar(tag, value, step, _DESCRIPTIONS[tag])
         self.events.flush()
         return self.images
+
+    def lesions(self, step: int, result: Lesions, metric: str = "metric") -> Image:
+        """Draw and write what `rdp.analysis.lesions` found, after an evaluation.
+
+        Args:
+            step: Its number.
+            result: What was found.
+            metric: The name of what was measured.
+        """
+        self.images["lesions"] = lesion_panel(result, title=f"{self._prefix}step {step}", metric=metric)
+        self.events.image("lesions", self.images["lesions"], step, _DESCRIPTIONS["lesions"])
+        return self.images["lesions"]
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write the latest pictures as PNG files and return their paths."""

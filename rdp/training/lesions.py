@@ -74,9 +74,7 @@ def without(run: Run, branches: Sequence[Branch]) -> Iterator[None]:
         yield
         missed = [f"`{name}`" for name, each in hooks.items() if not all(lesion.reached for lesion in each)]
         if called.reached and missed:
-            warn(
-                f"no forward inside of handle.without(...) has come to {listed(missed)}, so nothing was taken away there"
-            )
+            warn(f"no forward inside of handle.without(...) has come to {listed(missed)}: nothing was taken away there")
 
 
 class _Reached(Hook):

@@ -29,7 +29,19 @@ Algorithm = Literal["standard", "droppath", "rdp"]
 # What may differ between a run and its resumption: where and for how long it runs, never what it computes. Of loaders
 # the one that reads counts, which checkpoints hold with the data, and not how it was asked for.
 FREE_ON_RESUME = frozenset(
-    {"resume", "seeds", "seed", "out", "data_dir", "download", "loader", "workers", "checkpoint_minutes", "progress"}
+    {
+        "resume",
+        "seeds",
+        "seed",
+        "out",
+        "data_dir",
+        "download",
+        "loader",
+        "workers",
+        "checkpoint_minutes",
+        "progress",
+        "lesions",
+    }
 )
 
 
@@ -122,6 +134,8 @@ class Config:
     """Write a checkpoint this often, besides at the end of each epoch and on SIGTERM, SIGINT, SIGHUP and SIGUSR1."""
     panels: Annotated[int, Range(0)] = 0
     """Draw TensorBoard pictures of feature reuse and masks every N steps, about a second each; 0: none."""
+    lesions: bool = False
+    """At the end test the network without each branch, and without more and more of them; see docs/shallower.md."""
     progress: bool = True
     """Show a progress bar with throughput and time left."""
 
@@ -137,8 +151,10 @@ class Config:
                 f"--warmup-epochs {self.warmup_epochs:g} do not end within --epochs {self.epochs}, so the learning "
                 "rate would never reach its peak: give fewer, such as --warmup-epochs 0"
             )
-        if self.fsdp and (self.ema is not None or self.compile or self.panels):
-            raise RunError("--fsdp does not go together with --ema, --compile or --panels: leave one of them out")
+        if self.fsdp and (self.ema is not None or self.compile or self.panels or self.lesions):
+            raise RunError(
+                "--fsdp does not go together with --ema, --compile, --panels or --lesions: leave one of them out"
+            )
 
     @property
     def label(self) -> str:

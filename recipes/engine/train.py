@@ -24,6 +24,7 @@ from engine.evaluate import evaluate
 from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
+from engine.lesions import measure_lesions
 from engine.lock import Claim, claim
 from engine.model import attach, check_model, distribute, make_optimizer
 from engine.records import Records
@@ -217,6 +218,20 @@ def _train(
         "train_seconds": state.seconds,
         "relative_flops": flops,
     }
+    if config.lesions and handle is not None:
+
+        def top1() -> float:
+            return evaluate(
+                model,
+                test_data.epoch(0),
+                classes=test_data.classes,
+                device=device,
+                autocast=autocast,
+                flip=config.test_flip,
+            )["top1"]
+
+        where = folder if world.is_first else None
+        result["lesions"] = measure_lesions(handle, top1, where, progress=config.progress and world.is_first)
     if world.is_first:
         write_json(folder / "result.json", result)
     return result
