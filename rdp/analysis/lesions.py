@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rdp.analysis.features import check_handle
+from rdp.copies import Hook
 from rdp.discovery.forwards import own_random_numbers
 from rdp.errors import ArgumentError, shortened
 from rdp.handle import ResidualDropPath
@@ -152,17 +153,17 @@ def _measuring(handle: ResidualDropPath, evaluate: Callable[..., Any]) -> Iterat
     model = handle.model
     modes = [(module, module.training) for module in model.modules()]
     given = () if _takes_nothing(evaluate) else (model,)
-    calls: list[None] = []
+    seen = _Seen(handle)
 
     def measured(removed: Sequence[str]) -> float:
         model.eval()
-        calls.clear()
+        seen.called = False
         with own_random_numbers(model), handle.without(removed):
             value = evaluate(*given)
-        if not calls:
+        if not seen.called:
             raise ArgumentError(
-                f"evaluate did not call the attached {type(model).__name__}, but another model perhaps, such as a copy "
-                "or an average of its weights; attach to that one"
+                f"evaluate did not come to any branch of the attached {type(model).__name__}: it called another model "
+                "perhaps, such as a copy or an average of its weights; attach to that one"
             )
         try:
             return float(value)
@@ -172,13 +173,24 @@ def _measuring(handle: ResidualDropPath, evaluate: Callable[..., Any]) -> Iterat
                 "it, such as lambda: evaluate(model)['accuracy']"
             ) from None
 
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    gates = {gate.module for branch in handle.branches for gate in branch.gates}
+    hooks = [model.get_submodule(name).register_forward_hook(seen) for name in gates]
     try:
         yield measured
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for module, training in modes:
             module.training = training
+
+
+class _Seen(Hook):
+    """Remembers that the end of a branch was called."""
+
+    called = False
+
+    def __call__(self, *_: Any) -> None:
+        self.called = True
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:

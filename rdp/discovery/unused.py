@@ -30,11 +30,16 @@ class Unused:
         return value in self._after
 
     def modules(self) -> dict[str, list[Call]]:
-        """The modules of which no call makes or returns anything that is needed, by name, in the order of the calls."""
+        """The modules of which nothing is needed any more, by name, in the order of their calls."""
         calls: dict[str, list[Call]] = defaultdict(list)
         for call in self._graph.trace.calls:
             calls[call.name].append(call)
-        return {name: each for name, each in calls.items() if name and self._is_unused(each)}
+        # A module inside, or a parameter, may be used from elsewhere too.
+        needed = {name for name, each in calls.items() if not self._made(each).isdisjoint(self._after)}
+        needed |= {name for value in self._graph.values if value.index in self._after and (name := value.parameter)}
+        around = {name[:end] for name in needed for end, letter in enumerate(name) if letter == "."}
+        unused = {name: each for name, each in calls.items() if name and name not in needed | around}
+        return {name: each for name, each in unused.items() if self._is_unused(each)}
 
     def parameters(self) -> set[str]:
         """The parameters that were of use, and are needed no more."""
@@ -53,10 +58,13 @@ class Unused:
                 return min(taken), value.op
         return None
 
-    def _is_unused(self, calls: list[Call]) -> bool:
+    def _made(self, calls: list[Call]) -> set[int]:
         values = self._graph.values
-        made = {i for call in calls for i in range(call.begin, min(call.end, len(values))) if values[i].is_data}
-        returned = {i for call in calls for i in call.outputs}
+        return {i for call in calls for i in range(call.begin, min(call.end, len(values))) if values[i].is_data}
+
+    def _is_unused(self, calls: list[Call]) -> bool:
+        """Is nothing of what they made or returned needed, and was it of use before?"""
+        made, returned = self._made(calls), {i for call in calls for i in call.outputs}
         was_of_use = not made.isdisjoint(self._before) or not returned.isdisjoint(self.zeros)
         return was_of_use and made.isdisjoint(self._after) and returned.isdisjoint(self._after)
 

@@ -101,13 +101,12 @@ def attach(
         example: images to find the residual branches with; default: the first training batch.
 
     Returns:
-        The handle; None for "standard", where nothing is attached unless there are panels to draw or lesions to
-        measure: a handle of rate 0 serves them and changes nothing.
+        The handle; None for "standard", where nothing is attached unless there are panels to draw: a handle of rate 0
+        shows them and changes nothing.
     """
     match config.algorithm:
         case "standard":
-            looked_at = config.panels or config.lesions
-            return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if looked_at else None
+            return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
         case "droppath":
             return rdp.attach(
                 model,

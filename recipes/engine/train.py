@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+import rdp
 from engine import checkpoint
 from engine.config import Config
 from engine.cost import matched_epochs, relative_flops
@@ -218,7 +219,7 @@ def _train(
         "train_seconds": state.seconds,
         "relative_flops": flops,
     }
-    if config.lesions and handle is not None:
+    if config.lesions:
 
         def top1() -> float:
             return evaluate(
@@ -231,7 +232,8 @@ def _train(
             )["top1"]
 
         where = folder if world.is_first else None
-        result["lesions"] = measure_lesions(handle, top1, where, progress=config.progress and world.is_first)
+        plain = rdp.attach(model, 0.0, example_inputs=images[:2]) if handle is None else handle
+        result["lesions"] = measure_lesions(plain, top1, where, progress=config.progress and world.is_first)
     if world.is_first:
         write_json(folder / "result.json", result)
     return result

@@ -32,7 +32,7 @@ def test_quick_changes_only_what_is_not_said() -> None:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        ["--algorithm", "standard"],
+        ["--algorithm", "standard", "--lesions"],
         ["--algorithm", "droppath"],
         ["--algorithm", "rdp"],
         ["--algorithm", "rdp", "--mode=batch"],
@@ -45,4 +45,8 @@ def test_quick_learns_real_digits(algorithm: list[str], tmp_path: Path) -> None:
         check=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
-    assert json.loads((tmp_path / "seed-0" / "result.json").read_text())["top1"] > 95
+    result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
+    assert result["top1"] > 95
+    if "--lesions" in algorithm:
+        assert result["lesions"]["whole"] == pytest.approx(result["top1"])
+        assert len(result["lesions"]["table"]) == 8

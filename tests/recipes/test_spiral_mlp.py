@@ -40,6 +40,8 @@ def test_the_quick_preset_separates_the_spirals_with_every_algorithm(tmp_path: P
     for name, result in results.items():
         assert result.accuracy > 0.97, name
         assert 0 < result.reuse.reused < 1
+        assert [lesion.name for lesion in result.lesions.table] == [f"layers.{i}" for i in range(6)]
+        assert result.lesions.whole == result.accuracy
 
 
 def test_it_says_where_the_pictures_and_events_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +49,8 @@ def test_it_says_where_the_pictures_and_events_are(tmp_path: Path, capsys: pytes
     spiral_mlp.main(["--out", str(folder), *TINY])
     printed = capsys.readouterr().out
     assert f"-m tensorboard.main --logdir {folder}" in printed
+    assert "without one" in printed
+    assert (folder / "lesions.png").read_bytes().startswith(b"\x89PNG")
     for algorithm in ("standard", "droppath", "rdp"):
         assert algorithm in printed
         assert list((folder / algorithm).glob("events.out.tfevents.*"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import rdp
-from rdp.analysis import grid, spiral
+from rdp.analysis import grid, lesions, spiral
 from rdp.tensorboard import Panels
 from rdp.tensorboard.panels import branch_weights, parameter_counts
 
@@ -104,6 +104,18 @@ def test_the_rate_is_a_curve(tmp_path: Path) -> None:
     assert [(step, value) for step, value, _ in events(tmp_path)["training/rate"]] == [
         (0, 0.0), (1, 0.0), (2, 0.25), (3, 0.25), (4, 0.5), (5, 0.5),
     ]  # fmt: skip
+
+
+def test_lesions_are_written_with_a_description(tmp_path: Path) -> None:
+    handle, _ = train(None)
+    points, labels = spiral(64)
+    found = lesions(handle, lambda model: float((model(points).argmax(1) == labels).float().mean()), progress=False)
+    with Panels(handle, grid(10), tmp_path, grid_size=10) as panels:
+        assert panels.lesions(8, found, "accuracy").shape == (340, 700, 3)
+        assert [path.name for path in panels.save(tmp_path)] == ["lesions.png"]
+    ((step, _, description),) = events(tmp_path)["lesions"]
+    assert step == 8
+    assert "without each branch" in description
 
 
 def test_gradient_norm_and_reuse_are_the_true_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rdp
-from rdp.analysis import grid
+from rdp.analysis import Lesion, Lesions, grid
 from rdp.tensorboard import (
     History,
     Image,
@@ -21,11 +21,12 @@ from rdp.tensorboard import (
     comparison_panel,
     evenly,
     feature_panel,
+    lesion_panel,
     node_maps,
     similarity_panel,
     training_panel,
 )
-from rdp.tensorboard.colors import INK, PAPER, SignedScale, signed_colors
+from rdp.tensorboard.colors import INK, LINES, PAPER, SignedScale, signed_colors
 from rdp.tensorboard.feature_panel import _LARGE, _SMALL
 from rdp.tensorboard.legend import short
 
@@ -218,3 +219,30 @@ def test_numbers_are_short() -> None:
         "2.3k",
         "3e+07",
     ]
+
+
+def lesioned(worth: tuple[float, ...]) -> Lesions:
+    table = tuple(Lesion(f"branch {i}", 1 - value, value) for i, value in enumerate(worth))
+    curve = {number: 1 - number / len(worth) for number in range(len(worth) + 1)}
+    return Lesions(1.0, True, table, curve, {number: (value, value) for number, value in curve.items()})
+
+
+def bars(image: Image, color: str) -> list[int]:
+    """Heights in pixels of the bars of a colour, in the left half, by columns that differ."""
+    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    heights = (image[:, :330] == rgb).all(axis=2).sum(axis=0)
+    return [height for height, _ in itertools.groupby(heights[heights > 8].tolist())]
+
+
+def test_bars_of_lesions_are_as_high_as_branches_are_worth() -> None:
+    heights = bars(lesion_panel(lesioned((0.1, 0.4, 0.2))), LINES[0])
+    assert len(heights) == 3
+    assert heights == pytest.approx([max(heights) / 4, max(heights), max(heights) / 2], abs=2)
+
+
+def test_lesions_of_several_ways_of_training_stand_side_by_side() -> None:
+    runs = {"standard": [lesioned((0.2, 0.4)), lesioned((0.4, 0.2))], "rdp": lesioned((0.1, 0.1))}
+    image = lesion_panel(runs, title="which?", metric="accuracy")
+    assert image.shape == (340, 700, 3)
+    assert len(set(bars(image, LINES[0]))) == 1  # means over runs
+    assert max(bars(image, LINES[1])) == pytest.approx(max(bars(image, LINES[0])) / 3, abs=2)
