@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from rdp import trees
 from rdp.branches import Branch
+from rdp.calls import Inputs
 from rdp.copies import inert
 from rdp.discovery import forwards
-from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
 from rdp.discovery.trace import Call, Trace
 from rdp.discovery.unused import Unused
-from rdp.errors import ArgumentError, BranchError, listed, shortened
+from rdp.errors import ArgumentError, BranchError, listed
 from rdp.handle import ResidualDropPath
+from rdp.inputs import fresh
 from rdp.removed import Form, NoForm, Removed, Same, form_of, source_of
 from rdp.training.lesions import Which, chosen
 
@@ -103,7 +104,7 @@ def _kept(handle: ResidualDropPath, keep: Which | float, order: Ordered | Sequen
         odd = sorted(map(str, {*names} ^ known)) or ["names that are there twice"]
         raise ArgumentError(
             f"order must hold each branch of this model once, as rdp.analysis.lesions(handle, ...) does; it differs in "
-            f"{shortened(listed(odd), 400)}"
+            f"{listed(odd)}"
         )
     return chosen(handle._run, names[: round(keep * len(names))])
 
@@ -135,7 +136,7 @@ def _forget_hooks(model: nn.Module) -> None:
 
 def _plan(model: nn.Module, gone: Sequence[Branch], inputs: Inputs) -> tuple[dict[str, Form], set[str]]:
     """What serves these branches alone: modules, with what will stand for each, and parameters of other modules."""
-    graph = Graph(Trace(model).run(*inputs))
+    graph = Graph(Trace(model).run(*fresh(inputs)))  # a copy, which the model may write to
     zeros: set[int] = set()
     blocks: dict[int, int] = {}
     gates = [gate for branch in gone for gate in branch.gates]
@@ -150,12 +151,13 @@ def _plan(model: nn.Module, gone: Sequence[Branch], inputs: Inputs) -> tuple[dic
     whole = {gate.module for gate in gates if gate.of_block}
     unused = Unused(graph, zeros, blocks)
     replaced: dict[str, Form] = {}
-    for name, form in _forms(model, inputs, unused, whole).items():  # what is around others comes first
+    for name, form in _forms(model, fresh(inputs), unused, whole).items():  # what is around others comes first
         if not _inside(name, replaced) and not any(_inside(block, [name]) for block in whole - {name}):
             replaced[name] = form
-    for gate in gates:
-        if not _inside(gate.module, replaced):
-            raise _Unfit(f"`{gate.module}` serves something else too, or cannot be replaced")
+    for value in [*zeros, *blocks]:
+        makers = [call.name for call in graph.values[value].returned_by]
+        if not any(_inside(name, replaced) for name in makers):
+            raise _Unfit(f"what `{makers[0]}` does serves something else too, or cannot be replaced")
     held = {name for name in unused.parameters() if not _inside(name, replaced)}
     if (layer := unused.layer(held)) is not None:
         raise _Unfit(f"`{layer[0]}` is used by the function `{layer[1]}` outside of any module that could be replaced")
@@ -230,13 +232,15 @@ def _replace(model: nn.Module, modules: Mapping[str, Form], parameters: Collecti
 def _compare(handle: ResidualDropPath, model: nn.Module, gone: Sequence[Branch], inputs: Inputs) -> None:
     """See whether the model computes what the attached one does without these branches."""
     names = [branch.name for branch in gone]
+    args, kwargs = fresh(inputs)
     with forwards.undisturbed(handle.model), handle.without(names), torch.no_grad():
-        expected = [*trees.tensors(handle.model(*inputs[0], **inputs[1]))]
+        expected = [*trees.tensors(handle.model(*args, **kwargs))]
     fused = torch.backends.mha.get_fastpath_enabled()
+    args, kwargs = fresh(inputs)
     try:
         with forwards.undisturbed(model), torch.no_grad():
             torch.backends.mha.set_fastpath_enabled(fused)
-            outputs = [*trees.tensors(model(*inputs[0], **inputs[1]))]
+            outputs = [*trees.tensors(model(*args, **kwargs))]
     except Exception as error:
         raise _Unfit(f"the model does not run without what serves it alone ({error})") from error
     if len(outputs) != len(expected) or not all(map(_close, outputs, expected)):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rdp.analysis.features import check_handle
 from rdp.copies import Hook
@@ -66,7 +67,7 @@ class Lesions:
         return tuple(sorted(worth, key=lambda name: -worth[name]))
 
     def __str__(self) -> str:
-        width = max(len(lesion.name) for lesion in self.table)
+        width = max(len(name) for name in ("(nothing)", *self.order))
         lines = [f"{'without':{width}}  {'metric':>9}  {'worth':>9}", f"{'(nothing)':{width}}  {self.whole:>9.4g}"]
         lines += [f"{each.name:{width}}  {each.metric:>9.4g}  {each.worth:>9.4g}" for each in self.table]
         lines.append(f"{'removed':{width}}  {'least':>9}  {'random':>9}")
@@ -153,12 +154,10 @@ def _measuring(handle: ResidualDropPath, evaluate: Callable[..., Any]) -> Iterat
     model = handle.model
     modes = [(module, module.training) for module in model.modules()]
     given = () if _takes_nothing(evaluate) else (model,)
-    seen = _Seen(handle)
 
     def measured(removed: Sequence[str]) -> float:
         model.eval()
-        seen.called = False
-        with own_random_numbers(model), handle.without(removed):
+        with own_random_numbers(model), handle.without(removed), _seen(handle) as seen:
             value = evaluate(*given)
         if not seen.called:
             raise ArgumentError(
@@ -166,26 +165,34 @@ def _measuring(handle: ResidualDropPath, evaluate: Callable[..., Any]) -> Iterat
                 "perhaps, such as a copy or an average of its weights; attach to that one"
             )
         try:
-            return float(value)
+            return float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
             raise ArgumentError(
                 f"evaluate must return a number; got {shortened(value)}. Choose one of several with a function around "
                 "it, such as lambda: evaluate(model)['accuracy']"
             ) from None
 
-    gates = {gate.module for branch in handle.branches for gate in branch.gates}
-    hooks = [model.get_submodule(name).register_forward_hook(seen) for name in gates]
     try:
         yield measured
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
 
 
+@contextmanager
+def _seen(handle: ResidualDropPath) -> Iterator[_Seen]:
+    seen = _Seen(handle)
+    names = {gate.module for branch in handle.branches for gate in branch.gates}
+    hooks = [handle.model.get_submodule(name).register_forward_hook(seen) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Seen(Hook):
-    """Remembers that the end of a branch was called."""
+    """Remembers whether the end of a branch was called."""
 
     called = False
 

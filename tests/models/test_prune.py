@@ -131,7 +131,13 @@ def test_flops_and_parameters_fall_by_what_was_taken_out(model):
         torch.testing.assert_close(run(pruned, inputs), run(net, inputs))
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=name, marks=[] if name in ("timm/vit", "torchvision/resnet") else pytest.mark.slow)
+        for name, model in MODELS.items()
+    ],
+)
 def test_a_pruned_model_is_an_ordinary_one(model):
     _, handle = attached(model)
     keep = [branch.name for branch in handle.branches[1::2]]
