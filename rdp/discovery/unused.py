@@ -9,19 +9,22 @@ from rdp.discovery import ops
 from rdp.discovery.graph import Graph
 from rdp.discovery.trace import Call
 
+_KEEP = ops.VIEW | ops.SLICE | ops.SCALE | ops.KEEPS_ZERO
+"""A product is zero if a factor is, a quotient if the first value is, and so with functions of one value."""
+
 
 class Unused:
     """What a forward needs no more.
 
     Args:
         graph: The forward.
-        zeros: Values in whose place there are zeros.
+        zeros: Values in whose place there are zeros; the attribute has those too that are zero with them.
         passed: Values in whose place there is another: what a block was given, in the place of what it returns.
     """
 
     def __init__(self, graph: Graph, zeros: Iterable[int], passed: Mapping[int, int]) -> None:
         self._graph = graph
-        self.zeros = frozenset(zeros)
+        self.zeros = _and_products(graph, zeros)
         self._before = _reaching_output(graph, frozenset(), {})
         self._after = _reaching_output(graph, self.zeros, passed)
 
@@ -79,5 +82,18 @@ def _reaching_output(graph: Graph, zeros: frozenset[int], passed: Mapping[int, i
             todo.append(passed[index])
         elif index not in seen and index not in zeros:
             seen.add(index)
-            todo.extend(graph.values[index].inputs)
+            inputs = graph.values[index].inputs
+            nothing = graph.values[index].op.startswith("addcmul") and not zeros.isdisjoint(inputs[1:])
+            todo.extend(inputs[:1] if nothing else inputs)
     return seen
+
+
+def _and_products(graph: Graph, zeros: Iterable[int]) -> frozenset[int]:
+    """These values, and those that are zero with them, so that their other factors are of no use."""
+    found = set(zeros)
+    for node in graph.values[min(found, default=0) :]:
+        # What was written to through an alias is made of both.
+        zero = [i in found for i in (node.inputs if node.op.startswith(("mul", "alias")) else node.inputs[:1])]
+        if node.op in _KEEP and zero and (any(zero) if node.op.startswith("mul") else all(zero)):
+            found.add(node.index)
+    return frozenset(found)

@@ -382,3 +382,20 @@ def test_a_mask_that_the_model_is_given_is_no_reason() -> None:
 
     with rdp.attach(Masked(ModuleGate).double(), 0.5, example_inputs=batch(3)) as handle:
         assert len(handle.branches) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_without_a_branch_its_product_is_gone(block: type[Block]) -> None:
+    torch.manual_seed(0)
+    model, (x, c) = Net(block).double(), batch(4)
+    handle = rdp.attach(model, 0.5, example_inputs=batch(3), verify=False)
+    gone = [branch.name for branch in handle.branches[::2]]
+    masks = torch.tensor([[branch.name not in gone] * 4 for branch in handle.branches])
+    expected = gradients(model.explicit("DROP", masks), x, c)
+    with handle.without(gone):
+        torch.testing.assert_close(gradients(model, x, c), expected)
+    pruned = rdp.prune(handle, keep=[branch.name for branch in handle.branches if branch.name not in gone])
+    kept, lost = ({name for b in handle.branches[i::2] for name in b.parameters} for i in (1, 0))
+    assert dict(pruned.named_parameters()).keys() == dict(model.named_parameters()).keys() - (lost - kept)
+    left = gradients(pruned, x, c)
+    torch.testing.assert_close(left, {name: gradient for name, gradient in expected.items() if name in left})
