@@ -157,15 +157,11 @@ class ResidualDropPath:
         """Within this context these branches contribute nothing; else forwards are plain, as in `paused`. It nests.
 
         Args:
-            branches: Names, or a function of (name, module). With checkpointed activations, a backward belongs inside.
-
-        Raises:
-            ArgumentError, BranchError: If these are no branches, or none are known yet.
+            branches: Names, or a function of (name, module); if these are none, a `BranchError` says so. A backward
+                belongs inside too where activations are checkpointed.
         """
         self._check_attached()
-        if not self._run.pauses:
-            self._run.look()  # in a context within another there are hooks that are not for long
-        with self.paused(), lesions.without(self._run, lesions.chosen(self._run, branches)):
+        with lesions.without(self._run, branches), self.paused():
             yield
 
     def discover(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:

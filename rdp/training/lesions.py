@@ -53,9 +53,15 @@ def chosen(run: Run, which: Which) -> tuple[Branch, ...]:
 
 
 @contextmanager
-def without(run: Run, branches: Sequence[Branch]) -> Iterator[None]:
-    """Forwards in this context have zero in the place of what these branches return."""
-    module = run.model.get_submodule
+def without(run: Run, which: Which) -> Iterator[None]:
+    """Forwards in this context have zero in the place of what these branches return.
+
+    Raises:
+        ArgumentError, BranchError: As `chosen`.
+    """
+    if not run.pauses:
+        run.look()  # in a context within another there are hooks that are not for long
+    branches, module = chosen(run, which), run.model.get_submodule
     with ExitStack() as stack:
         # Compiled code runs as it was written, lest it is compiled once for each set of branches.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
