@@ -1,6 +1,6 @@
 """How shallow may a trained network get? Standard training, DropPath and RDP on Fashion-MNIST, several seeds.
 
-    python tools/shallower.py DATA_DIR                    # the figure of docs/shallower.md; hours on two CPU cores
+    python tools/shallower.py DATA_DIR                    # the figure of docs/shallower.md
     python tools/shallower.py DATA_DIR --epochs 1 --seeds 1 --limit 5000
 
 Trains a small vision transformer of 12 branches with each algorithm, measures on the test images what each branch is
