@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,16 +201,24 @@ def _choose_branches(
         )
     number = count_rows(seen.rows, inputs, options.mode)
     rated = tuple(plan.noted(branch).sized(number) for branch in _rated(located, options))
-    if options.scale_by_keep:
-        unscalable = [b.name for b in rated if b.gated and any(gate.zero_only for gate in b.gates)]
-        if unscalable:
-            raise BranchError(
-                f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
-                f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
-            )
+    check_scaling(rated, options, options.rate)
     programs = {name: program for name, program in plan.programs.items() if program.fewest < NEVER}
     few = seen.rows.take(inputs, 2) if seen.rows is not None else fresh(inputs)
     return Choice(rated, refused, programs, few, warnings=tuple(told), rows=seen.rows)
+
+
+def check_scaling(branches: Iterable[Branch], options: Options, rate: float) -> None:
+    """Refuse to rescale what cannot be, if branches are dropped at this rate.
+
+    Raises:
+        BranchError: If a branch ends before a nonlinear function.
+    """
+    unscalable = [b.name for b in branches if b.gated and any(gate.zero_only for gate in b.gates)]
+    if options.scale_by_keep and rate > 0 and unscalable:
+        raise BranchError(
+            f"scale_by_keep=True needs branches whose ends commute with rescaling; a nonlinear function follows "
+            f"{listed(unscalable)}. Use scale_by_keep=False, or leave these out with branches="
+        )
 
 
 def _rated(branches: list[Branch], options: Options) -> list[Branch]:

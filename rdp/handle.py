@@ -93,6 +93,7 @@ class ResidualDropPath:
     def rate(self, rate: float) -> None:
         self._check_attached()
         check_rate(rate)
+        choose.check_scaling(self.branches, self.options, rate)
         self._run.set_rate(float(rate))
 
     @property

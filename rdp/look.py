@@ -71,7 +71,8 @@ def look(
                 break
         plan = plan.without(dense)
         places = locate(found.accepted, found.graph, alone)
-        odd = settle_by_row(found, places, model, pair, single, plan.programs)
+        sure = [name for name, program in plan.programs.items() if not program.why_not_before]
+        odd = settle_by_row(found, places, model, pair, single, sure)
         return Seen(found, plan, places, odd, rows)
 
 

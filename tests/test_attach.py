@@ -192,7 +192,10 @@ def test_branches_that_cannot_be_rescaled():
     )
     rdp.attach(Net(two_nonlinear), example_inputs=X)
     rdp.attach(Net(two_nonlinear), scale_by_keep=True, branches=["a"], example_inputs=X)
-    rdp.attach(Net(two_nonlinear), 0.0, scale_by_keep=True, example_inputs=X)  # which rescales nothing
+    handle = rdp.attach(Net(two_nonlinear), 0.0, scale_by_keep=True, example_inputs=X)  # which rescales nothing
+    with pytest.raises(rdp.BranchError, match="a nonlinear function follows b, c"):
+        handle.rate = 0.1
+    assert handle.rate == 0
 
 
 def test_a_named_module_that_returned_nothing():

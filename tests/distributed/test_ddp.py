@@ -17,7 +17,7 @@ from distributed import ranks
 from distributed.alone import assert_as_alone, assert_replicas, assert_same, ranks_differ, train_alone
 from distributed.models import OPTIMIZERS
 from distributed.training import Run, batch, loss, outcome, train, train_step
-from rdp.rate_schedules import early, linear
+
 
 pytestmark = pytest.mark.distributed
 
@@ -124,7 +124,12 @@ def test_a_fixed_number_of_rows():
 @MODES
 def test_rates_that_change(mode):
     """Plain at first, then more and more is dropped, and in the end nothing."""
-    run = Run(rows=ROWS["uneven"], mode=mode, rate=0.9, rate_schedule=linear(3, 9) * early(17))
+    run = Run(
+        rows=ROWS["uneven"],
+        mode=mode,
+        rate=0.9,
+        rate_schedule=rdp.rate_schedules.linear(3, 9) * rdp.rate_schedules.early(17),
+    )
     assert not any(run.rates(2))
     assert any(run.rates(4))
     assert_as_alone(trained(run), run)

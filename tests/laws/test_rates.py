@@ -17,8 +17,9 @@ from laws.masks import draw
 from laws.oracle import branch_rates, oracle_forward
 from laws.strategies import Case, batch_sizes, cases
 from laws.training import Spy, identical, loss, snapshot
-from rdp import rate_schedules
-from rdp.rate_schedules import early, late, linear, warmup
+
+rate_schedules = rdp.rate_schedules
+early, late, linear, warmup = (getattr(rate_schedules, name) for name in ("early", "late", "linear", "warmup"))
 
 FACTORS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=4)
 BY_HAND = st.dictionaries(st.integers(0, 7), st.sampled_from([0.0, 0.3, 0.6]), max_size=3)
