@@ -13,11 +13,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
+import rdp
 from distributed import ranks
 from distributed.alone import assert_as_alone, assert_replicas, assert_same, ranks_differ, train_alone
 from distributed.models import OPTIMIZERS
 from distributed.training import Run, batch, loss, outcome, train, train_step
-
 
 pytestmark = pytest.mark.distributed
 
