@@ -138,11 +138,16 @@ def _largest_dropped(number: Tensor, rates: tuple[float, ...]) -> Tensor:
 @lru_cache(maxsize=32)
 def _filler(rates: tuple[float, ...], rows: int) -> tuple[Tensor, int]:
     """Smallest and largest numbers with which `_largest_dropped` looks for the same place in all branches, and it."""
-    counts = (torch.tensor(rates, dtype=torch.float64, device="cpu") * rows + 0.5).long()[:, None]
+    counts = torch.tensor([fixed_drops(rate, rows) for rate in rates], device="cpu")[:, None]
     most = int(counts.max())
     smallest = torch.arange(most - int(counts.min()) + 1, device="cpu") <= most - counts
     limits = torch.iinfo(torch.int64)
     return torch.where(smallest, limits.min, limits.max), most + 1
+
+
+def fixed_drops(rate: float, rows: int) -> int:
+    """How many of some rows a branch drops, if it drops the same number in each forward."""
+    return int(rate * rows + 0.5)
 
 
 def _signed(word: int) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -89,7 +90,7 @@ def map_leaves(change: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any]
     if is_one or not ((inside := items(value)) or isinstance(value, _EMPTY)):
         return change(value)
     new = {key: map_leaves(change, item, is_leaf) for key, item in inside.items()}
-    changed = {key: item for key, item in new.items() if item is not inside[key]}
+    changed = {key: item for key, item in new.items() if _differ(item, inside[key])}
     return _with_items(value, new, changed) if changed else value
 
 
@@ -101,6 +102,11 @@ def with_tensor(value: Any, number: int, new: Tensor) -> Any:
         return new if isinstance(leaf, Tensor) and next(numbers) == number else leaf
 
     return new if isinstance(value, Tensor) else map_leaves(change, value)
+
+
+def _differ(new: Any, old: Any) -> bool:
+    """Are they two objects? Of containers, a compiler cannot tell."""
+    return (isinstance(old, _EMPTY) and torch.compiler.is_compiling()) or new is not old
 
 
 def items(value: Any) -> Mapping[Any, Any]:
@@ -122,7 +128,8 @@ def _with_items(value: Any, inside: dict[Any, Any], changed: dict[Any, Any]) -> 
     """A container like `value` that holds `inside`, of which some items have changed."""
     if isinstance(value, (Mapping, list)):
         try:
-            copied = copy.copy(value)  # and not `type(value)(...)`: a subclass may be made of other arguments
+            # And not `type(value)(...)`: a subclass may be made of other arguments. A compiler knows the method alone.
+            copied = value.copy() if type(value) in (dict, list) else copy.copy(value)  # type: ignore[union-attr]
             for key, item in changed.items():
                 copied[key] = item  # type: ignore[index]
         except TypeError:  # it is for reading alone

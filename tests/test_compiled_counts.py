@@ -170,7 +170,7 @@ def test_a_compiled_loop_counts_and_freezes_as_the_same_loop_in_python(train, mo
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
 def test_freeze_replays_the_forwards_of_drop_that_counted_and_no_others(mode):
-    case = Case(BlockMLP, (("plain", "norm"),), mode=mode, decay="constant", seed=4)
+    case = Case(BlockMLP, (("plain", "norm"),), mode=mode, decay="constant", seed=9)
     loop = Loop(case, compiled=True)
     for cycle in range(4):
         learnt: dict[rdp.Phase, list[Tensor]] = {rdp.Phase.DROP: [], rdp.Phase.FREEZE: []}

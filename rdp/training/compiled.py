@@ -6,6 +6,9 @@ are made on the CPU: CUDA graphs, which would replay those of their recording fo
 That a backward has come to a compiled forward is seen by another operator, in the graph of the backward. The *ticket*
 that it is given is kept for it by autograd, and so lives as long as the graph of the forward.
 
+Where a branch runs on rows and their number is fixed, the graph does so as well: a constant number is undropped, and
+the order of the rows comes out of the operator. Otherwise all rows run, and a mask is applied.
+
 Which branches a graph gates is noted as it is traced, and a graph serves those modules alone that have its hooks.
 """
 
@@ -13,22 +16,40 @@ from __future__ import annotations
 
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rdp import trees
 from rdp.errors import BranchError
+from rdp.masks import fixed_drops
 from rdp.refusals import count_rows
-from rdp.training.step import sent
+from rdp.rows.branch import Split
+from rdp.rows.program import Program
+from rdp.training.step import order, sent
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
 
-Given = tuple[Tensor, Tensor | None, Tensor | None]
-"""Masks, bool `Tensor[branches, rows]`; the ticket; with `scale_by_keep`, what undropped rows are divided by,
-`Tensor[branches]`: were it numbers, a graph would be made for each rate."""
+
+class Given(NamedTuple):
+    """What compiled code is given of a forward, where the model is.
+
+    Attributes:
+        masks: Bool `Tensor[branches, N]`.
+        order: int64 `Tensor[branches, N]`: the undropped rows of each branch, and then the others; None if their
+            numbers differ from one forward to the next.
+        keep_probs: With `scale_by_keep`, what undropped rows are divided by, `Tensor[branches]`: were it numbers, a
+            graph would be made for each rate.
+        ticket: For `reached`; None where Python sees the backward.
+    """
+
+    masks: Tensor
+    order: Tensor | None = None
+    keep_probs: Tensor | None = None
+    ticket: Tensor | None = None
+
 
 _runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
 _guarding: dict[int, bool] = {}
@@ -36,24 +57,27 @@ _guarding: dict[int, bool] = {}
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
-def begin_forward(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Begin a forward of N rows: masks, bool `Tensor[branches, N]`, ticket, int64 `Tensor[2]`, and the probability of
-    keeping each branch, `Tensor[branches]`.
+def begin_forward(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Begin a forward of N rows: what `Given` has, on the CPU; the ticket is an int64 `Tensor[2]`.
 
     `x` tells where: it is any tensor that the model computes with.
     """
-    forward = _runs[run].begin_forward(rows)
+    this = _runs[run]
+    forward = this.begin_forward(rows)
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
-    masks = forward.masks.clone()
-    return masks.pin_memory() if x.is_cuda else masks, ticket, _keep_probs(_runs[run])
+    masks, rows_in_order = forward.masks.clone(), order(forward.masks) if _ordered(this) else _no_order(branches)
+    if x.is_cuda:
+        masks, rows_in_order = masks.pin_memory(), rows_in_order.pin_memory()
+    return masks, rows_in_order, _keep_probs(this), ticket
 
 
 @begin_forward.register_fake
-def _(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masks = torch.empty((branches, rows), dtype=torch.bool, device="cpu")
+    rows_in_order = torch.empty_like(masks, dtype=torch.int64) if _ordered(_runs[run]) else _no_order(branches)
     keep_probs = torch.empty(branches, dtype=torch.float64, device="cpu")
-    return masks, torch.empty(2, dtype=torch.int64, device="cpu"), keep_probs
+    return masks, rows_in_order, keep_probs, torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("rdp::reached", mutates_args=())
@@ -101,43 +125,106 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         )
     given = [tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim()]
     x, rows = given[0] if given else next(module.parameters()), count_rows(run.rows, (args, kwargs), run.options.mode)
-    masks, ticket, keep_probs = begin_forward(x.detach(), rows, id(run), len(run.branches))
-    on_device = keep_probs.to(x.device, non_blocking=True) if run.options.scale_by_keep else None
-    run.compiled = masks.to(x.device, non_blocking=True), ticket, on_device
+    masks, rows_in_order, keep_probs, ticket = begin_forward(x.detach(), rows, id(run), len(run.branches))
+    run.compiled = Given(
+        masks.to(x.device, non_blocking=True),
+        rows_in_order.to(x.device, non_blocking=True) if _ordered(run) else None,
+        keep_probs.to(x.device, non_blocking=True) if run.options.scale_by_keep else None,
+        ticket,
+    )
 
 
 def for_parts(run: Run, masks: Tensor) -> Given:
     """What compiled parts of a model are given of a forward that is not compiled; without such, nothing is copied."""
     if not run.compiles:
-        return masks, None, None
+        return Given(masks)
     device = next(run.model.parameters()).device
-    return sent(masks, device), None, sent(_keep_probs(run), device) if run.options.scale_by_keep else None
+    return Given(
+        sent(masks, device),
+        sent(order(masks), device) if _ordered(run) else None,
+        sent(_keep_probs(run), device) if run.options.scale_by_keep else None,
+    )
 
 
 def ready(run: int) -> bool:
     """A part of the model is being compiled, not the whole, which has a ticket: copy what it is given. See `traced`."""
     this = _runs[run]
-    if this.compiled is not None and this.compiled[1] is None and not this.compiles:
+    if this.calls.running and not this.compiles:
         this.compiles = True
-        this.compiled = for_parts(this, this.compiled[0])
+        allow_graphs(this)
+        if this.compiled is not None:
+            this.compiled = for_parts(this, this.compiled.masks)
     return True
+
+
+def _ordered(run: Run) -> bool:
+    return run.options.sampling == "fixed" and run.options.mode == "row"
+
+
+def _no_order(branches: int) -> Tensor:
+    return torch.empty((branches, 0), dtype=torch.int64, device="cpu")
 
 
 def _keep_probs(run: Run) -> Tensor:
     return 1 - torch.tensor(run.step.rates, dtype=torch.float64, device="cpu")
 
 
+def mask(given: Given, branch: int, device: torch.device) -> Tensor:
+    """The mask of a branch, bool `Tensor[N]`."""
+    return given.masks[branch].to(device, non_blocking=True)
+
+
+def split(run: Run, branch: int, program: Program) -> Split | None:
+    """The rows of a branch, whose numbers are constants of the graph; None if it has to run dense."""
+    given, step = run.compiled, run.step
+    if given is None or given.order is None or program.batch_norm:
+        return None
+    rows = given.order.shape[1]
+    # Of other rows than DROP had, any number may be undropped.
+    if rows < program.fewest or (step.replayed_rows is not None and step.replayed_rows != rows):
+        return None
+    kept = rows - fixed_drops(step.rates[branch], rows)
+    return Split(given.order[branch][:kept], given.order[branch][kept:]) if 0 < kept < rows else None
+
+
 def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     """The output `x` of a branch; if that is the first or last, its backward tells that it has reached the forward."""
-    ticket = run.compiled[1] if run.compiled is not None and branch in run.ends else None
+    ticket = run.compiled.ticket if run.compiled is not None and branch in run.ends else None
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 
 def traced(run: int, branch: int) -> int:
     """Note that a graph gates a branch: called while it is traced, and not by the graph, for which it is a constant."""
-    _runs[run].watch.traced.add(branch)
-    _runs[run].watch.reached.add(branch)
+    this = _runs[run]
+    this.watch.traced.add(branch)
+    this.watch.reached.add(branch)
+    if this.options.mode == "row" and this.branches[branch].compute == "rows" and not _ordered(this):
+        this.watch.warn(
+            "dense in compiled",
+            "compiled code runs all rows of every branch, since the number of undropped rows differs from one forward "
+            'to the next: it learns the same and saves no work. Attach with sampling="fixed" for graphs that run some '
+            "of the rows",
+        )
     return branch
+
+
+def allow_graphs(run: Run) -> None:
+    """Let torch make as many graphs for each branch as it usually makes for all blocks of one class.
+
+    It counts those of all blocks of a class together, though each has hooks of its own, and past its limit it would run
+    them in Python, in silence. It has its limit back when the model has returned.
+    """
+    if run.graphs is None and run.calls.running:
+        config = torch._dynamo.config
+        run.graphs = config.recompile_limit
+        config.recompile_limit *= max(len(run.branches), 1)
+
+
+def over(run: Run) -> None:
+    """A forward in Python has ended."""
+    run.compiled = None
+    if run.graphs is not None:
+        torch._dynamo.config.recompile_limit, run.graphs = run.graphs, None
 
 
 def end(run: Run, *_: Any) -> None:

@@ -90,7 +90,7 @@ class EntryHook(RunHook):
     """Forward pre-hook of the first module of a branch that runs on some of the rows."""
 
     def __init__(self, run: Run, branch: int, on_rows: BranchOnRows) -> None:
-        super().__init__(run, self.cut)
+        super().__init__(run, self.cut, self.cut_traced)
         self.branch = branch
         self.on_rows = on_rows
 
@@ -114,12 +114,21 @@ class EntryHook(RunHook):
             return None  # of a single row there may be no statistics
         return self.on_rows.enter(given, functools.partial(forward.split, self.branch), freeze)
 
+    def cut_traced(self, module: nn.Module, *given: Any) -> Any:
+        """The same in a graph, where the number of undropped rows is a constant."""
+        run, on_rows = self.run, self.on_rows
+        if on_rows.replaying or not gates_traced(run, self.branch):
+            return None
+        on_rows.passing = None
+        rows = compiled.split(run, self.branch, on_rows.program)
+        return None if rows is None else on_rows.enter(given, lambda _: rows, run.step.phase is Phase.FREEZE)
+
 
 class LaterHook(RunHook):
     """Forward pre-hook of a later module of such a branch; `name` is the module's."""
 
     def __init__(self, run: Run, name: str, on_rows: BranchOnRows) -> None:
-        super().__init__(run, self.cut)
+        super().__init__(run, self.cut, self.cut_traced)
         self.name = name
         self.on_rows = on_rows
 
@@ -129,6 +138,12 @@ class LaterHook(RunHook):
             return None
         if current_forward(self.run) is None:
             return None  # what was entered is left from a forward that raised
+        return self.on_rows.later(self.name, given)
+
+    def cut_traced(self, module: nn.Module, *given: Any) -> Any:
+        """The same in a graph."""
+        if self.on_rows.replaying or self.on_rows.passing is None:
+            return None
         return self.on_rows.later(self.name, given)
 
 
@@ -173,9 +188,7 @@ class GateHook(RunHook):
             )
         keep_prob = 1 - run.step.rates[self.branch] if run.options.scale_by_keep else None
         if on_rows is not None and entered:
-            others = on_rows.replay()[on_rows.program.result] if forward.phase is Phase.FREEZE else x
-            kept, lost = gates.undropped(forward.phase, x, None, keep_prob), gates.dropped(forward.phase, others)
-            gated = on_rows.leave(kept, lost)
+            gated = leave(on_rows, forward.phase, x, keep_prob)
         else:
             source = next(trees.tensors(given)) if self.point.of_block else None
             keep: Tensor | bool = forward.kept[self.branch] > 0
@@ -190,20 +203,22 @@ class GateHook(RunHook):
         return gated if x is output else trees.with_tensor(output, self.point.leaf, gated)
 
     def gate_traced(self, module: nn.Module, *given: Any) -> Any:
-        """The same in one graph for all masks: no work is skipped, and no mask is looked at."""
-        run, phase, output = self.run, self.run.step.phase, given[-1]
-        compiled.ready(id(run))
-        if run.compiled is None or not torch.is_grad_enabled() or not run.blocks[self.branch].training:
+        """The same in one graph for all masks, none of which is looked at."""
+        run, on_rows, phase, output = self.run, self.on_rows, self.run.step.phase, given[-1]
+        if (on_rows is not None and on_rows.replaying) or not gates_traced(run, self.branch):
             return None
-        compiled.traced(id(run), self.branch)
-        if phase not in run.gated_phases:
-            return None
+        now = run.compiled
+        assert now is not None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
-        source = next(trees.tensors(given)) if self.point.of_block else None
-        x = compiled.marked(run, self.branch, x)
-        keep = gates.broadcast_rows(run.compiled[0][self.branch].to(x.device, non_blocking=True), x, self.point)
-        keep_prob = run.compiled[2][self.branch] if run.compiled[2] is not None else None
-        return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, keep_prob))
+        keep_prob = now.keep_probs[self.branch] if now.keep_probs is not None else None
+        if on_rows is not None and on_rows.passing is not None:
+            gated = compiled.marked(run, self.branch, leave(on_rows, phase, x, keep_prob))
+        else:
+            source = next(trees.tensors(given)) if self.point.of_block else None
+            x = compiled.marked(run, self.branch, x)
+            keep = gates.broadcast_rows(compiled.mask(now, self.branch, x.device), x, self.point)
+            gated = gates.gate(phase, keep, x, source, keep_prob)
+        return trees.with_tensor(output, self.point.leaf, gated)
 
 
 class IdleHook(RunHook):
@@ -250,7 +265,7 @@ class CutHook(RunHook):
         given_to, phase = self.run.compiled, self.run.step.phase
         if given_to is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
             return None
-        return self._cut(given, lambda x: given_to[0][self.branch].to(x.device, non_blocking=True))
+        return self._cut(given, lambda x: compiled.mask(given_to, self.branch, x.device))
 
     def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool]) -> Any:
         place = given if self.point.of_input else given[-1]
@@ -262,6 +277,21 @@ class CutHook(RunHook):
             keep = gates.broadcast_rows(keep, x, self.point)
         cut = gates.cut(keep, x, None if elements is None else elements.to(x.device, non_blocking=True))
         return trees.with_tensor(place, self.point.leaf, cut)
+
+
+def leave(on_rows: BranchOnRows, phase: Phase, x: Tensor, keep_prob: float | Tensor | None) -> Tensor:
+    """The output of all rows, of a branch that was entered with the undropped ones."""
+    others = on_rows.replay()[on_rows.program.result] if phase is Phase.FREEZE else x
+    return on_rows.leave(gates.undropped(phase, x, None, keep_prob), gates.dropped(phase, others))
+
+
+def gates_traced(run: Run, branch: int) -> bool:
+    """Is a branch gated in the graph that is being traced?"""
+    compiled.ready(id(run))
+    if run.compiled is None or not torch.is_grad_enabled() or not run.blocks[branch].training:
+        return False
+    compiled.traced(id(run), branch)
+    return run.step.phase in run.gated_phases
 
 
 def is_plain(forward: Forward, branch: int) -> bool:

@@ -69,6 +69,7 @@ class Run:
         attached: False once the hooks have been taken out of the model.
         compiled: What compiled code is given of the forward that runs; None outside of one.
         compiles: Was a part of the model seen to be compiled?
+        graphs: Torch's limit of graphs, while another is set.
         pauses: How many `paused` contexts are open.
         optimizers: The wrapped ones, each of which has to step before the step is over.
         held: The parameters of the wrapped optimizers, by name.
@@ -98,6 +99,7 @@ class Run:
         self.attached, self.several, self.pauses = True, False, 0
         self.compiled: compiled.Given | None = None
         self.compiles = False
+        self.graphs: int | None = None
         self.optimizers: list[Stepper] = []
         self.held: dict[str, Tensor] = {}
         self.in_graph: set[int] = set()
@@ -196,6 +198,8 @@ class Run:
             self.compiled = compiled.for_parts(self, forward.masks)
         finally:
             calls.running.append(forward)  # in any case, since `end` is called even after an error
+            if self.compiles:
+                compiled.allow_graphs(self)
 
     def begin_forward(self, rows: int) -> Forward:
         """Begin a training forward of `rows` rows: draw its masks."""
@@ -231,7 +235,7 @@ class Run:
     @_disable_dynamo
     def end(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The model has returned, or raised; returns its output in another form, or None to leave it."""
-        self.compiled = None
+        compiled.over(self)
         forward = self.calls.running.pop() if self.calls.running else None
         if forward is None or not forward.running:  # which is over already where it was recomputed
             self.watch.evaluations += not (self.pauses or module.training)

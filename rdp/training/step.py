@@ -99,10 +99,9 @@ class Forward:
     def split(self, branch: int, device: torch.device) -> Split:
         """The undropped and the dropped rows of a branch, on `device`; all branches are copied at the first request."""
         if ("rows", device) not in self._on_device:
-            order = torch.argsort(self.masks.to(torch.int8), dim=1, descending=True, stable=True)
-            self._on_device["rows", device] = sent(order, device).unbind(0)
-        order = self._on_device["rows", device][branch]
-        return Split(order[: self.kept[branch]], order[self.kept[branch] :])
+            self._on_device["rows", device] = sent(order(self.masks), device).unbind(0)
+        rows = self._on_device["rows", device][branch]
+        return Split(rows[: self.kept[branch]], rows[self.kept[branch] :])
 
 
 class Step:
@@ -122,6 +121,7 @@ class Step:
         replayed: In FREEZE, what is drawn at a position: as DROP drew there or, where an early one was left empty, at a
             late one.
         forwards: Those that count, or still may.
+        replayed_rows: How many rows each of these has; 0 if not all have the same number, None if there are none.
         settled: Those that counted when an optimizer was last about to step.
         stepped: The optimizers that have stepped; plain ones, since one may be wrapped again.
         agreed: Bool `Tensor[branches]`: those that are live on any rank; None before the ranks have agreed.
@@ -148,6 +148,8 @@ class Step:
         drawn = replay if phase is Phase.FREEZE else {}
         late = iter(sorted(drawn.keys() - set(range(len(drawn)))))
         self.replayed = {place: drawn.get(place) or drawn[next(late)] for place in range(len(drawn))} | {**drawn}
+        rows = {draw.rows for draw in self.replayed.values()}
+        self.replayed_rows = (rows.pop() if len(rows) == 1 else 0) if rows else None
         self.forwards: list[Forward] = []
         self.settled: list[Forward] = []
         self.stepped: list[Optimizer] = []
@@ -230,6 +232,11 @@ class Step:
                 forward.learnt, forward.spent = True, False
             elif not forward.differentiated:
                 self._untaught.append(forward)
+
+
+def order(masks: Tensor) -> Tensor:
+    """Of each branch the undropped rows, and then the others, int64 `Tensor[branches, rows]`."""
+    return torch.argsort(masks.to(torch.int8), dim=1, descending=True, stable=True)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import functools
 import gc
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_what_runs_plainly_also_when_compiled():
         model.eval()
         assert torch.equal(model(x), reference.eval()(x))
         model.train()
-        handle._run.compiled = torch.zeros(2, 6, dtype=torch.bool), None, None  # of a forward that was interrupted
+        handle._run.compiled = compiled.Given(torch.zeros(2, 6, dtype=torch.bool))  # of a forward that was interrupted
         with handle.paused():
             assert torch.equal(model(x), reference.train()(x))
         assert torch.equal(model.body[0](model.stem(x)), reference.body[0](reference.stem(x)))
@@ -204,32 +205,36 @@ def test_branches_must_be_known_before():
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-def attached() -> tuple[nn.Module, rdp.ResidualDropPath]:
+def attached(**options: Any) -> tuple[nn.Module, rdp.ResidualDropPath]:
     model = CASE.model()
-    return model, CASE.attach(model, example_inputs=model.rows(2, 0))
+    return model, CASE.attach(model, example_inputs=model.rows(2, 0), **options)
 
 
-def test_operators_return_what_a_compiler_is_told():
+@pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
+def test_operators_return_what_a_compiler_is_told(sampling):
     """And the masks are a copy: a later forward does not change them."""
-    model, handle = attached()
+    model, handle = attached(sampling=sampling)
     x = model.rows(7, 0)
-    masks, ticket, keep_probs = compiled.begin_forward(x, 7, id(handle._run), 2)
+    masks, order, keep_probs, ticket = compiled.begin_forward(x, 7, id(handle._run), 2)
     one = compiled.reached(x, ticket)
     told = (
         *compiled.begin_forward(x.to("meta"), 7, id(handle._run), 2),
         compiled.reached(x.to("meta"), ticket.to("meta")),
     )
-    for made, expected in zip((masks, ticket, keep_probs, one), told, strict=True):
+    for made, expected in zip((masks, order, keep_probs, ticket, one), told, strict=True):
         assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
     assert (masks.device.type, ticket.device.type) == ("cpu", "cpu")
     assert torch.equal(masks, handle.masks)
     assert masks.data_ptr() != handle._run.masks.data_ptr()
     assert one.item() == 1
+    if sampling == "fixed":
+        assert torch.equal(masks.gather(1, order), masks.sort(1, descending=True).values)
+        assert order.sort(1).values.tolist() == [[*range(7)]] * 2
 
 
 def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
     model, handle = attached()
-    masks, ticket, keep_probs = compiled.begin_forward(model.rows(7, 0), 7, id(handle._run), 2)
+    masks, _, keep_probs, ticket = compiled.begin_forward(model.rows(7, 0), 7, id(handle._run), 2)
     (forward,) = handle._run.step.forwards
     assert forward.may_learn
     del ticket
@@ -241,7 +246,7 @@ def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
 def marked(run: Run, rows: int) -> tuple[Tensor, Tensor]:
     """An input of a forward of a compiled model, and the same so that its backward tells that it has come."""
     x = torch.ones(rows, requires_grad=True)
-    run.compiled = compiled.begin_forward(x, rows, id(run), 2)
+    run.compiled = compiled.Given(*compiled.begin_forward(x, rows, id(run), 2))
     output = compiled.marked(run, run.ends[0], x)
     assert output is not x
     run.compiled = None
@@ -264,7 +269,7 @@ def test_a_backward_tells_that_it_came_to_its_forward_and_changes_no_gradient():
 def test_the_first_and_the_last_branch_are_marked_where_they_have_a_gradient():
     _, handle = attached()
     run = handle._run
-    run.compiled = compiled.begin_forward(torch.ones(3), 3, id(run), 2)
+    run.compiled = compiled.Given(*compiled.begin_forward(torch.ones(3), 3, id(run), 2))
     constant, x = torch.ones(3), torch.ones(3, requires_grad=True)
     for branch in range(len(handle.branches)):
         assert compiled.marked(run, branch, constant) is constant

@@ -1,0 +1,179 @@
+"""Compiled code on rows: with a fixed number of undropped rows, graphs learn as the oracle and save the work."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+import rdp
+from laws.architectures import Architecture, TorchTransformer, Transformer
+from laws.strategies import Case
+from laws.training import loss
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager", fullgraph=True)
+    return model
+
+
+def by_block(model: nn.Module) -> nn.Module:
+    for block in model.body:
+        block.compile(backend="eager")
+    return model
+
+
+WAYS = [whole, in_place, by_block]
+CASES = [
+    pytest.param(Transformer, ("pre_norm", 2), id="pre_norm"),
+    pytest.param(Transformer, ("tuple_attention", 2), id="tuple_attention"),
+    pytest.param(TorchTransformer, (1, True, False), id="rows on axis 1"),
+]
+
+
+def step(call: nn.Module, case: Case, model: Architecture, reference: Architecture, handle, rows: int, seed: int):
+    """A forward and a backward, each compared with the oracle's."""
+    x = model.rows(rows, seed)
+    output = call(x)
+    reference.load_state_dict(model.state_dict())
+    # In a cycle of rate 0 every step is plain.
+    phase = handle.phase if any(handle.rates) else rdp.Phase.DROP
+    expected = case.oracle(reference, x, handle.masks, phase)
+    torch.testing.assert_close(output, expected)
+    loss(output).backward()
+    loss(expected).backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        a, b = (torch.zeros_like(p) if t.grad is None else t.grad for t in (p, q))
+        torch.testing.assert_close(a, b)
+    reference.zero_grad()
+
+
+@pytest.mark.parametrize("compile_it", WAYS)
+@pytest.mark.parametrize(("architecture", "arguments"), CASES)
+def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it):
+    """With a partial last batch in DROP, another one in FREEZE, and an evaluation in between."""
+    case = Case(architecture, arguments, rate=0.25, decay="constant", sampling="fixed", compute="rows", seed=3)
+    model = case.model()
+    reference = copy.deepcopy(model)
+    plain = copy.deepcopy(model).eval()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    assert {branch.compute for branch in handle.branches} == {"rows"}
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    call = compile_it(model)
+    for number, rows in enumerate((8, 8, 8, 5, 8, 8)):
+        step(call, case, model, reference, handle, rows, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 3:
+            x = model.rows(4, 0)
+            model.eval()
+            plain.load_state_dict(model.state_dict())
+            torch.testing.assert_close(call(x), plain(x))
+            model.train()
+    assert handle.check().ok
+    # More graphs are asked for than torch makes for the code of one class, and none is done without.
+    assert not counters["graph_break"]
+    assert "unimplemented" not in counters
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def counted(flops: list[int]) -> Callable[..., object]:
+    """A backend that counts the work of the graphs that it runs."""
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
+        def run(*arguments: Tensor) -> object:
+            with FlopCounterMode(display=False) as counter:
+                output = graph(*arguments)
+            flops[0] += counter.get_total_flops()
+            return output
+
+        return make_boxed_func(run)
+
+    # The default backend's way to part forward and backward: what is cheap is computed again.
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+
+
+def test_graphs_of_a_vision_transformer_do_two_thirds_of_the_work():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    ).train()
+    flops, x = [0], torch.randn(40, 3, 32, 32)
+
+    def work(call: nn.Module) -> int:
+        flops[0] = 0
+        call(x).square().mean().backward()
+        return flops[0]
+
+    plain = work(torch.compile(copy.deepcopy(model), backend=counted(flops), fullgraph=True))
+    handle = rdp.attach(model, 0.1, decay="constant", sampling="fixed", compute="rows", example_inputs=x[:2])
+    call = torch.compile(model, backend=counted(flops), fullgraph=True)
+    ratios = []
+    for _ in range(4):
+        ratios.append(work(call) / plain)
+        handle.advance()
+    assert ratios[:2] == ratios[2:]
+    assert sum(ratios[:2]) / 2 <= 0.70
+    assert counters["stats"]["unique_graphs"] <= 2 * 2 + 1
+
+
+def test_numbers_of_rows_that_differ_run_dense_in_graphs_and_that_is_said_once():
+    case = Case(Transformer, ("pre_norm", 2), decay="constant", compute="rows", seed=3)
+    model = case.model()
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    call = whole(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", rdp.RdpWarning)
+        for number in range(4):
+            loss(call(model.rows(4, number))).backward()
+            handle.advance()
+    texts = [str(each.message) for each in told if issubclass(each.category, rdp.RdpWarning)]
+    assert len(texts) == 1
+    assert 'Attach with sampling="fixed" for graphs that run some of the rows' in texts[0]
+
+
+def test_batch_mode_has_nothing_to_say_of_rows():
+    case = Case(Transformer, ("pre_norm", 1), mode="batch", decay="constant", seed=3)
+    model = case.model()
+    case.attach(model, example_inputs=model.rows(2, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rdp.RdpWarning)
+        loss(whole(model)(model.rows(4, 0))).backward()
+
+
+@pytest.mark.parametrize("compile_it", [whole, by_block])
+def test_rates_that_change_have_their_own_numbers_of_rows(compile_it):
+    case = Case(Transformer, ("pre_norm", 1), rate=0.5, decay="constant", sampling="fixed", compute="rows", seed=3)
+    model = case.model()
+    reference = copy.deepcopy(model)
+    handle = case.attach(model, example_inputs=model.rows(2, 0), rate_schedule=rdp.rate_schedules.linear(2, 6))
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+    call = compile_it(model)
+    dropped = []
+    for number in range(8):
+        step(call, case, model, reference, handle, 8, number)
+        dropped.append((~handle.masks).sum(1).tolist())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert dropped == [[0, 0]] * 4 + [[2, 2]] * 2 + [[4, 4]] * 2
