@@ -27,7 +27,7 @@ from rdp.masks import fixed_drops
 from rdp.refusals import count_rows
 from rdp.rows.branch import Split
 from rdp.rows.program import Program
-from rdp.training.step import order, sent
+from rdp.training.step import copies_from_pinned, order, sent
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
@@ -67,7 +67,7 @@ def begin_forward(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
     masks, rows_in_order = forward.masks.clone(), order(forward.masks) if _ordered(this) else _no_order(branches)
-    if x.is_cuda:
+    if copies_from_pinned(x.device.type):
         masks, rows_in_order = masks.pin_memory(), rows_in_order.pin_memory()
     return masks, rows_in_order, _keep_probs(this), ticket
 

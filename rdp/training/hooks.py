@@ -19,7 +19,7 @@ from rdp.rows.branch import BranchOnRows
 from rdp.rows.program import Program
 from rdp.training import compiled, gates
 from rdp.training.recomputation import in_reentrant_checkpoint
-from rdp.training.step import Forward
+from rdp.training.step import Forward, sent
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
@@ -257,17 +257,21 @@ class CutHook(RunHook):
         if self.branch in forward.plain:
             return None
         all_kept = forward.kept[self.branch] == forward.rows and may_leave_no_graph(self.run)
-        return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device))
+        return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device), sent)
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in one graph for all masks."""
+
+        def in_graph(tensor: Tensor, device: torch.device) -> Tensor:
+            return tensor.to(device, non_blocking=True)  # a compiler cannot pin
+
         compiled.ready(id(self.run))
         given_to, phase = self.run.compiled, self.run.step.phase
         if given_to is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
             return None
-        return self._cut(given, lambda x: compiled.mask(given_to, self.branch, x.device))
+        return self._cut(given, lambda x: compiled.mask(given_to, self.branch, x.device), in_graph)
 
-    def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool]) -> Any:
+    def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool], send: Callable[..., Tensor]) -> Any:
         place = given if self.point.of_input else given[-1]
         x = place if isinstance(place, Tensor) else list(trees.tensors(place))[self.point.leaf]
         if not x.requires_grad:
@@ -275,7 +279,7 @@ class CutHook(RunHook):
         keep, elements = rows(x), self.point.elements
         if isinstance(keep, Tensor):
             keep = gates.broadcast_rows(keep, x, self.point)
-        cut = gates.cut(keep, x, None if elements is None else elements.to(x.device, non_blocking=True))
+        cut = gates.cut(keep, x, None if elements is None else send(elements, x.device))
         return trees.with_tensor(place, self.point.leaf, cut)
 
 

@@ -240,8 +240,21 @@ def order(masks: Tensor) -> Tensor:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`, which the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A copy on `device`, which the host does not wait for, if that can be had."""
+    return tensor.pin_memory().to(device, non_blocking=True) if copies_from_pinned(device.type) else tensor.to(device)
+
+
+@functools.cache
+def copies_from_pinned(kind: str) -> bool:
+    """Do devices of this kind copy by themselves, from memory that torch can pin for them?"""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != kind:
+        return False
+    try:
+        torch.empty(1).pin_memory()
+    except RuntimeError:  # a backend need not have it
+        return False
+    return True
 
 
 def next_node() -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rdp import Phase
-from rdp.training.step import Draw, Forward, Step, sent
+from rdp.training.step import Draw, Forward, Step, copies_from_pinned, sent
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -78,19 +78,33 @@ class Recorder:
         return self
 
 
-@pytest.mark.parametrize(
-    ("device", "asked"),
-    [
-        (torch.device("cuda", 1), [("pin_memory",), ("to", (torch.device("cuda", 1),), {"non_blocking": True})]),
-        (META, [("to", (META,), {})]),
-    ],
-    ids=["cuda", "meta"],
-)
-def test_a_copy_to_cuda_is_pinned_so_that_the_host_does_not_wait_for_it(device, asked):
+@pytest.mark.parametrize("device", [torch.device("cuda", 1), torch.device("xpu", 0)], ids=str)
+def test_a_copy_to_an_accelerator_is_pinned_so_that_the_host_does_not_wait_for_it(device, monkeypatch):
     """No device is needed to see what is asked for."""
+    monkeypatch.setattr("rdp.training.step.copies_from_pinned", lambda kind: kind == device.type)
     recorder = Recorder()
     assert sent(recorder, device) is recorder
-    assert recorder.asked == asked
+    assert recorder.asked == [("pin_memory",), ("to", (device,), {"non_blocking": True})]
+
+
+def test_a_copy_to_what_cannot_pin_is_plain():
+    recorder = Recorder()
+    assert sent(recorder, META) is recorder
+    assert recorder.asked == [("to", (META,), {})]
+
+
+def test_whether_memory_can_be_pinned_for_a_device_is_tried(monkeypatch):
+    def refuse(self):
+        raise NotImplementedError("this backend has no pinned memory")
+
+    tried = copies_from_pinned.__wrapped__  # without what it remembers
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    assert [tried(kind) for kind in ("xpu", "cuda", "meta", "cpu")] == [True, False, False, False]
+    monkeypatch.setattr(Tensor, "pin_memory", refuse)
+    assert not tried("xpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    assert not tried("xpu")
 
 
 # -- which forwards count ---------------------------------------------------------------------------------------------
