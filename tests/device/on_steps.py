@@ -43,8 +43,8 @@ def _train(name: str, accumulate: bool, **options: Any) -> None:
         assert [wait for wait in cost.waits if wait not in looked] == _plain_waits(name) * len(batches)
         copies = [*cost.gradients.copies, *cost.update.copies]
         assert all("to simulated, pinned, non-blocking" in copy for copy in copies if "from rdp" in copy)
-        # Masks, orders of rows, and which elements are cut of what one layer makes for several branches.
-        most = 2 + sum(len(branch.cuts) for branch in ours.handle.branches)
+        # Masks, these for compiled parts, orders of rows, and what is cut of tensors that several branches share.
+        most = 3 + sum(len(branch.cuts) for branch in ours.handle.branches)
         assert len([copy for copy in copies if "from rdp" in copy]) <= most * len(batches)
     found, wanted = ours.numbers(), reference.numbers()
     for parameter, x in wanted.items():
