@@ -9,7 +9,7 @@ from device.programs import Run, inputs_of
 from device.simulated import install
 
 WAYS: dict[str, dict[str, Any]] = {
-    "rows": {"compute": "auto", "sampling": "fixed", "rate": 0.25},
+    "rows": {"compute": "rows", "sampling": "fixed", "rate": 0.25},
     "dense": {"compute": "dense", "sampling": "fixed", "rate": 0.25},
     "batch, all kept": {"mode": "batch", "rate": 1e-9},
     "batch, all dropped": {"mode": "batch", "rate": 1 - 1e-9},

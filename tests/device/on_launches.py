@@ -7,20 +7,21 @@ import pytest
 from device.launches import WAYS, added
 
 BUDGET = {
-    #            rows          dense       batch, all kept  batch, all dropped
-    "vit": ((6.5, 15.5), (4.5, 3.5), (0.25, -13.25), (-12.5, 0.25)),
-    "resnet": ((4.5, 3.5), (4.5, 3.5), (0.25, -8.75), (-7.75, 0.25)),
-    "convnext": ((7.25, 14.25), (4.5, 3.5), (0.25, -12.75), (-10.5, 0.25)),
-    "swin": ((6.4, 18.1), (4.4, 3.4), (0.2, -15.8), (-14.1, 0.2)),
-    "bert": ((6.5, 15.5), (4.5, 3.5), (0.25, -16.75), (-16.0, 0.25)),
-    "gpt2": ((4.5, 3.5), (4.5, 3.5), (0.25, -18.75), (-17.75, 0.25)),
+    #            rows         dense      batch, all kept  batch, all dropped
+    "vit": ((6.25, 15.25), (4.25, 3.25), (0.0, -13.5), (-12.5, 0.0)),
+    "resnet": ((4.25, 3.25), (4.25, 3.25), (0.0, -9.0), (-8.0, 0.0)),
+    "convnext": ((7.0, 14.0), (4.25, 3.25), (0.0, -13.0), (-12.0, 0.0)),
+    "swin": ((6.17, 17.84), (4.17, 3.17), (0.0, -16.0), (-15.0, 0.0)),
+    "bert": ((6.25, 15.25), (4.25, 3.25), (0.0, -17.0), (-16.0, 0.0)),
+    "gpt2": ((6.25, 21.75), (4.25, 3.25), (0.0, -19.0), (-18.0, 0.0)),
+    "conditioned": ((6.25, 13.5), (4.25, 8.25), (0.0, -2.0), (-5.0, 0.0)),
 }
 """By model, for each of `WAYS`, in DROP and in FREEZE, forward and backward together.
 
 - A fraction is what a forward launches once for all its branches: the copy of masks or of the order of rows.
-- Rows: DROP gathers, fills, scatters, and the same backward. FREEZE gathers twice, and runs the branch's own kernels a
-  second time for the dropped rows: it has twice the forward, and one backward.
-- Dense, where nothing is on rows (BatchNorm; GPT-2, which computes differently for one row): `where` and its backward.
+- Rows: DROP gathers, fills and scatters, and so backwards. FREEZE gathers twice, and runs the branch's own kernels a
+  second time for the dropped rows: it has two forwards, and one backward.
+- Dense, which ResNet is anyway for its BatchNorm: `where` and its backward. The conditioned model also cuts in FREEZE.
 - Batch: what is dropped in DROP or kept in FREEZE has no backward, whose kernels are saved.
 """
 
