@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from engine import Config, Range, World, main, make_model, open_loaders, parse, train
 from torch import Tensor, nn
@@ -47,10 +47,15 @@ class ImagenetConfig(Config):
     """The last epoch at start_resolution."""
     grow_until: Annotated[int, Range(0)] = 0
     """The first epoch at resolution; in between it grows in steps of 32 pixels."""
-    test_resolution: Annotated[int, PIXELS] = 224
-    """Height and width of test images in pixels."""
+    test_resolution: Annotated[int | None, PIXELS] = None
+    """Height and width of test images in pixels; default: that of training images."""
     blurpool: bool = False
     """Blur before every convolution of stride 2 (Zhang 2019), as ffcv-imagenet does."""
+
+    @property
+    def usual(self) -> Config:
+        """The preset."""
+        return PRESETS[self.preset]
 
     def resolution_at(self, epoch: int) -> int:
         """Height and width of training images in an epoch.
@@ -141,10 +146,11 @@ def blur_strides(model: nn.Module) -> None:
 
 def run(config: ImagenetConfig, seed: int, world: World) -> None:
     """Train one seed."""
-    with open_loaders(config, seed, world, resolution=config.resolution_at, test_resolution=config.test_resolution) as (
-        train_data,
-        test_data,
-    ):
+    sizes: dict[str, Any] = {
+        "resolution": config.resolution_at,
+        "test_resolution": config.test_resolution or config.resolution,
+    }
+    with open_loaders(config, seed, world, **sizes) as (train_data, test_data):
         model = make_model(config, classes=train_data.classes, channels=train_data.channels)
         if config.blurpool:
             blur_strides(model)

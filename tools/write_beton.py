@@ -20,8 +20,8 @@ import tyro
 from data import DataError
 from data.beton_writer import PAGE_SIZE, ArraySource, FolderSource, Source, write_beton
 from data.cpus import cpus_of_a_process
-from data.datasets import Split, read_arrays
-from data.folder import read_folder
+from data.datasets import read_arrays
+from data.folder import Split, read_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     dataset: tyro.conf.Positional[Literal["mnist10k", "mnist", "fashion-mnist", "cifar10", "imagenet"]]
     """imagenet: any folder with train/CLASS/* and val/CLASS/*; mnist10k: the digits that come with the recipes"""
     data_dir: Path = Path("data")
-    """where the images are: torchvision's layout, IDX files, or train/ and val/"""
+    """where the images are: torchvision's layout, IDX files, or train/ and val/ (imagenet, cifar10)"""
     out: Path | None = None
     """where the files go; None: into data_dir"""
     splits: tuple[Split, ...] = ("train", "test")

@@ -7,14 +7,14 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.folder import Split
+from data.small_images import has_class_folders, read_small_images
 
-Split = Literal["train", "test"]
 MNIST10K = Path(__file__).with_name("mnist10k.npz")
 LARGEST_RATIO = 1032  # of deflate: two bits for 258 bytes (zlib's technical details)
 MNIST10K_TRAIN = 8500  # the other 1,500 are the test split; the file was shuffled once when it was made
@@ -70,7 +70,8 @@ def read_arrays(name: str, split: Split, data_dir: str | Path | None = None, dow
     Args:
         name: "mnist10k", "mnist", "fashion-mnist" or "cifar10".
         split: "train" or "test".
-        data_dir: where its files lie, as torchvision lays them out or, for IDX files, directly.
+        data_dir: where its files lie, as torchvision lays them out, or IDX files directly; of "cifar10" also class
+            folders of images, `train/CLASS/*` and `test/CLASS/*`.
         download: let torchvision fetch them if they are not there.
 
     Raises:
@@ -81,6 +82,9 @@ def read_arrays(name: str, split: Split, data_dir: str | Path | None = None, dow
     if data_dir is None:
         raise DataError(f"{name} is read from files: say where they are with --data-dir (add --download to fetch them)")
     if name == "cifar10":
+        if not download and has_class_folders(Path(data_dir)):
+            spec = find_dataset(name)
+            return Arrays(*read_small_images(Path(data_dir), split, name, spec.resolution, spec.classes))
         return _read_cifar10(split, Path(data_dir), download)
     return _read_digits(name, split, Path(data_dir), download)
 
@@ -100,7 +104,8 @@ def _read_cifar10(split: Split, data_dir: Path, download: bool) -> Arrays:
     except (RuntimeError, OSError, EOFError) as error:
         raise DataError(
             f"CIFAR-10 cannot be read from {data_dir} ({_sentence(error)}); "
-            "add --download to fetch it, or put cifar-10-batches-py there"
+            "add --download to fetch it, or put cifar-10-batches-py there, or class folders train/CLASS/* and "
+            "test/CLASS/* of its images; folders of other images are for recipes/imagenet_ffcv.py"
         ) from error
     return Arrays(np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.asarray(cifar.targets, np.int64))
 

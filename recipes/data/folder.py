@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from data.class_folders import class_names, list_images
-from data.datasets import Split
 from data.errors import DataError
 
+Split = Literal["train", "test"]
 # Nothing else is tried, whatever a file is called: PIL would start Ghostscript on EPS, which is a programming language.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 _FOLDERS = {"train": ("train",), "test": ("val", "test")}

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from data.beton import Beton, open_beton
 from data.cpus import cpus_of_a_process
-from data.datasets import DataSet, Split, find_dataset, read_arrays
+from data.datasets import DataSet, find_dataset, read_arrays
 from data.errors import DataError
 from data.ffcv_loader import FFCVLoader, ffcv_is_installed
-from data.folder import read_folder
+from data.folder import Split, read_folder
 from data.folder_loader import FolderLoader
 from data.memory_loader import MemoryLoader
 from data.sampling import Sampler, subset
@@ -137,7 +137,8 @@ def make_loader(
     workers = workers if workers is not None else cpus_of_a_process(world_size)
 
     def sampler(samples: int) -> Sampler:
-        return Sampler(subset(samples, limit), batch_size, train, drop_last, rank, world_size, seed)
+        indices = subset(samples, limit, "--limit" if train else "--limit-test")
+        return Sampler(indices, batch_size, train, drop_last, rank, world_size, seed)
 
     chosen = _choose_augment(augment, spec, photographs) if train else "none"
     pixels = Pixels(

@@ -75,10 +75,10 @@ class Sampler:
         return -(-samples // size)
 
 
-def subset(samples: int, limit: int | None) -> Indices:
+def subset(samples: int, limit: int | None, option: str = "--limit") -> Indices:
     """Indices of a split: all of it, or a fixed random subset of `limit` samples, in the split's order."""
     if limit is None:
         return np.arange(samples)
     if not 1 <= limit <= samples:
-        raise DataError(f"--limit must be from 1 to the {samples} samples that there are, not {limit}")
+        raise DataError(f"{option} must be from 1 to the {samples} samples that there are, not {limit}")
     return np.sort(np.random.default_rng(0).permutation(samples)[:limit])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -25,7 +26,11 @@ from engine.errors import RunError
 from engine.ranges import Range, check_ranges
 
 Algorithm = Literal["standard", "droppath", "rdp"]
+PhaseName = Literal["drop", "freeze", "plain"]
 
+OF_DROPPING = ("decay", "sampling", "compute", "start", "stop")
+OF_FREEZING = ("phases", "freeze", "freeze_outside")
+NAMED_BY_THE_PATH = frozenset({"dataset", "model", "algorithm", "mode", "rate", "match"})
 # What may differ between a run and its resumption: where and for how long it runs, never what it computes. Of loaders
 # the one that reads counts, which checkpoints hold with the data, and not how it was asked for.
 FREE_ON_RESUME = frozenset(
@@ -54,12 +59,32 @@ class Config:
     """Any timm model, such as resnet50 or resnet50d (paper)."""
     small_stem: bool = False
     """Give a ResNet a 3x3 stem of stride 1 without pooling, the custom for 32x32 images; the paper does not name it."""
+    stem_stride: Annotated[int, Range(1, most=2)] = 1
+    """Stride of the small stem; 2 is four times cheaper."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of the timm model as NAME=VALUE, such as "layers=(1,1,1,1)" (timm's --model-kwargs)."""
     algorithm: Algorithm = "rdp"
     """standard: plain. droppath: drop and rescale, as timm's DropPath. rdp: drop and freeze in turn, no rescaling."""
     mode: Literal["row", "batch"] = "row"
     """row: a mask per sample (paper, timm). batch: one for the whole batch, which saves compute."""
     rate: Annotated[float, Range(0, below=1)] = 0.1
-    """Drop rate of the deepest block; it grows linearly from 0 at the first block (paper, timm)."""
+    """Drop rate of the deepest block (paper, timm)."""
+    decay: Literal["linear", "constant"] = "linear"
+    """linear: the rate grows from 0 at the first block (paper, timm). constant: all blocks have it."""
+    sampling: Literal["bernoulli", "fixed"] = "bernoulli"
+    """fixed: as many dropped rows in every step; see `rdp.attach`."""
+    freeze: Literal["output", "params"] = "output"
+    """What FREEZE stops: the gradient at the branch's output (paper, Algorithm 1), or that of its parameters alone."""
+    compute: Literal["auto", "rows", "ghost", "dense"] = "auto"
+    """Which rows run; ghost changes the mathematics of BatchNorm, see `rdp.attach`."""
+    phases: tuple[PhaseName, ...] = ("drop", "freeze")
+    """Phases of the steps, repeated (rdp only); `drop` alone is DropPath without rescaling."""
+    start: Annotated[float, Range(0, below=1)] = 0.0
+    """From this share of the training on the algorithm is on; before it, training is plain."""
+    stop: Annotated[float, Range(above=0, most=1)] = 1.0
+    """From this share of the training on it is off again."""
+    freeze_outside: Annotated[float, Range(0, most=1)] = 1.0
+    """Factor of the learning rate in FREEZE steps for what lies in no branch: stem, head, shortcuts; 0 freezes it."""
     match: Literal["steps", "cost"] = "steps"
     """steps: every algorithm gets the same epochs. cost: the FLOPs of standard, so cheaper steps get more epochs."""
 
@@ -76,6 +101,8 @@ class Config:
     """Augmentation of the training images; auto is the data set's usual one."""
     limit: Annotated[int | None, Range(1)] = None
     """Train on a fixed random subset of this many images."""
+    limit_test: Annotated[int | None, Range(1)] = None
+    """Test on a fixed random subset of this many images."""
     workers: Annotated[int | None, Range(0, most=1024)] = None
     """Loader threads or processes; default: the CPUs there are."""
 
@@ -98,6 +125,10 @@ class Config:
     """How the learning rate falls to zero, step by step (timm: cosine)."""
     warmup_epochs: Annotated[float, Range(0)] = 5.0
     """Epochs in which the learning rate grows linearly from 1e-5 (timm)."""
+    squeeze_from: Annotated[float, Range(0, most=1)] = 1.0
+    """From this share of the epochs on the schedule passes faster, ..."""
+    squeeze_to: Annotated[float, Range(above=0, most=1)] = 1.0
+    """... so that only this share of the remaining epochs is trained."""
     label_smoothing: Annotated[float, Range(0, below=1)] = 0.1
     """Label smoothing of the training loss (timm)."""
     clip_grad: Annotated[float | None, Range(above=0)] = None
@@ -106,6 +137,14 @@ class Config:
     """Keep an exponential moving average of the weights with this decay, and test it too; timm's decay is 0.9998."""
     test_flip: bool = False
     """Test on the mean of the logits of an image and its mirror image."""
+
+    test_every: Annotated[int, Range(1)] = 1
+    """Test after every N epochs, and after the last."""
+    examine: bool = False
+    """At the end also test on training images, take BatchNorm's statistics anew and test again, and measure feature
+    reuse."""
+    count_steps: Annotated[int, Range(1)] = 32
+    """Steps in which FLOPs are counted before the first start of a configuration."""
 
     # Machine.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -127,7 +166,7 @@ class Config:
     seed: Annotated[int, Range(0, below=2**32)] = 0
     """The first seed."""
     out: Path | None = None
-    """Results folder; default: results/DATASET/MODEL/ALGORITHM."""
+    """Results folder; default: results/DATASET/MODEL/ALGORITHM, with every setting that is not the default."""
     resume: bool = False
     """Go on with the run in the results folder, from its last good checkpoint; finished seeds are left alone."""
     checkpoint_minutes: Annotated[float, Range(above=0)] = 10.0
@@ -151,16 +190,37 @@ class Config:
                 f"--warmup-epochs {self.warmup_epochs:g} do not end within --epochs {self.epochs}, so the learning "
                 "rate would never reach its peak: give fewer, such as --warmup-epochs 0"
             )
+        if self.start >= self.stop:
+            raise RunError(f"--start {self.start:g} is not before --stop {self.stop:g}, so nothing would be dropped")
+        for names, needs in (OF_DROPPING, ("droppath", "rdp")), (OF_FREEZING, ("rdp",)):
+            changed = [name for name in names if getattr(self, name) != getattr(Config, name)]
+            if changed and self.algorithm not in needs:
+                option = changed[0].replace("_", "-")
+                raise RunError(f"--{option} does nothing with --algorithm {self.algorithm}: leave it out")
+        if self.stem_stride != 1 and not self.small_stem:
+            raise RunError("--stem-stride is the stride of --small-stem: give both or neither")
+        if self.match == "cost" and self.length < 1:
+            raise RunError("--squeeze-to decides how many epochs there are, and so does --match cost: give one of them")
         if self.fsdp and (self.ema is not None or self.compile or self.panels or self.lesions):
             raise RunError(
                 "--fsdp does not go together with --ema, --compile, --panels or --lesions: leave one of them out"
             )
 
     @property
+    def usual(self) -> Config:
+        """What the settings are where the command line is silent; those that differ name the results folder."""
+        return type(self)()
+
+    @property
     def label(self) -> str:
-        """The algorithm with what distinguishes it, such as "rdp-row-0.1": a cell of Table 1."""
+        """The algorithm with all that distinguishes it, such as "rdp-row-0.1" or "standard,epochs=20"."""
         label = self.algorithm if self.algorithm == "standard" else f"{self.algorithm}-{self.mode}-{self.rate:g}"
-        return label + ("-equal-cost" if self.match == "cost" else "")
+        label += "-equal-cost" if self.match == "cost" else ""
+        usual, own = self.usual.identity(), self.identity()
+        others = [n for n in own if n not in NAMED_BY_THE_PATH and own[n] != usual[n]]
+        label += "".join(f",{name}={_short(own[name])}" for name in others)
+        # Names of files end at 255 bytes.
+        return label if len(label) <= 200 else f"{label[:180]},{blake2b(label.encode(), digest_size=8).hexdigest()}"
 
     @property
     def folder(self) -> Path:
@@ -168,9 +228,22 @@ class Config:
         return self.out or Path("results", self.dataset, self.model, self.label)
 
     @property
+    def length(self) -> float:
+        """The share of the epochs that is left of a squeezed schedule; 1 of a whole one."""
+        return self.squeeze_from + self.squeeze_to * (1 - self.squeeze_from)
+
+    @property
     def peak_lr(self) -> float:
         """The highest learning rate of the schedule."""
         return 0.1 * self.batch_size / 256 if self.lr is None else self.lr
+
+    def tested_epochs(self, epochs: int) -> frozenset[int]:
+        """The epochs, from 0, after which the network is tested.
+
+        Args:
+            epochs: how many are trained.
+        """
+        return frozenset({*range(self.test_every - 1, epochs, self.test_every), epochs - 1})
 
     def micro_batch(self, world_size: int) -> int:
         """Images in one forward of one process.
@@ -188,7 +261,7 @@ class Config:
 
     def to_json(self) -> dict[str, object]:
         """The settings as plain values."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def identity(self) -> dict[str, object]:
         """The settings that decide what is computed: what a checkpoint says of the run that it is of."""
@@ -207,6 +280,17 @@ class Config:
     def replace(self, **settings: object) -> Self:
         """A copy with some settings changed."""
         return dataclasses.replace(self, **settings)  # type: ignore[arg-type]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value  # as JSON will give it back
+
+
+def _short(value: object) -> str:
+    text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("/", "_").replace(" ", "")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -1,10 +1,16 @@
-"""What a training step costs in FLOPs beside a step of standard training: for Table 1 and for `--match cost`."""
+"""What a training step costs in FLOPs beside a step of standard training: for Table 1 and for `--match cost`.
+
+It is counted once for a configuration and kept beside its seeds, in cost.json.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,9 +18,73 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rdp
 from engine.config import Config
+from engine.folder import write_json
+from engine.launch import World
 from engine.model import attach
 
-STEPS = 32  # an even number, as all below: DROP and FREEZE equally often
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs."""
+
+    relative_flops: float
+    """Mean over the whole training, divided by a step of standard training."""
+    image_flops: float
+    """Of forward and backward of one image in standard training."""
+
+
+def cost_of(
+    model: nn.Module,
+    config: Config,
+    images: Tensor,
+    labels: Tensor,
+    autocast: Callable[[], AbstractContextManager[object]],
+    world: World,
+) -> Cost:
+    """Read what a step of the configuration costs, or count it and write it down.
+
+    Args:
+        model: plain; left alone.
+        config: the algorithm.
+        images: a micro-batch as it is trained on.
+        labels: `Tensor[N]`.
+        autocast: a context for the forward.
+        world: the processes; each counts with rows of its own, and the mean holds.
+
+    Returns:
+        The same in every process, and in every seed.
+    """
+    path = config.folder / "cost.json"
+    counted_of = {"config": config.identity(), "images": list(images.shape)}
+    saved: Cost | None = None
+    if world.is_first:
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+            if content.pop("counted_of") == counted_of:
+                saved = Cost(**content)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            pass  # counting again is always right
+    saved = world.gather(saved)[0]
+    if saved is not None:
+        return saved
+    costs = world.gather((relative_flops(model, config, images, labels, autocast), image_flops(model, images, labels)))
+    relative, of_image = (sum(numbers) / world.size for numbers in zip(*costs, strict=True))
+    cost = Cost(1 - (config.stop - config.start) * (1 - relative), of_image)
+    if world.is_first:
+        write_json(path, {**asdict(cost), "counted_of": counted_of})
+    return cost
+
+
+def image_flops(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The FLOPs of forward and backward of one image in standard training.
+
+    Args:
+        model: plain; a copy is measured.
+        images: `Tensor[N, C, H, W]`.
+        labels: `Tensor[N]`.
+    """
+    few = min(2, len(images))  # BatchNorm on a 1x1 map needs two
+    return _flops(copy.deepcopy(model).train(), images[:few], labels[:few], nullcontext, steps=1) / few
 
 
 def relative_flops(
@@ -31,22 +101,24 @@ def relative_flops(
 
     Args:
         model: plain; a copy is measured, the model itself is not touched.
-        config: the algorithm.
+        config: the algorithm, and `count_steps`.
         images: `Tensor[N, C, H, W]`, a micro-batch as it is trained on: a branch that is not run row by row saves only
             where all its rows have one mask, which is common among two rows and rare among 128.
         labels: `Tensor[N]`.
         autocast: a context for the forward, so that no more memory is taken than in training.
 
     Returns:
-        The ratio: 1 for standard, about 0.65 at best for RDP at a constant rate of 0.1.
+        The ratio where the algorithm is on: 1 for standard, about 0.65 at best for RDP at a constant rate of 0.1.
     """
     if config.algorithm == "standard":
         return 1.0
     if config.mode == "batch":
-        steps, rows = STEPS, 2  # one mask, whatever the rows; BatchNorm on a 1x1 map needs two
+        steps, rows = config.count_steps, 2  # one mask, whatever the rows; BatchNorm on a 1x1 map needs two
     else:
         rows = len(images)
-        steps = max(4, min(STEPS, 512 // rows * 2))  # many rows average over the masks as well as many steps
+        # Many rows average over the masks as well as many steps.
+        steps = max(4, min(config.count_steps, 32 * config.count_steps // rows))
+    steps += -steps % len(config.phases)  # every phase equally often
     images, labels = images[:rows], labels[:rows]
     plain = copy.deepcopy(model).train()
     standard = steps * _flops(plain, images, labels, autocast, steps=1)
@@ -75,10 +147,12 @@ def _flops(
 
 
 def matched_epochs(config: Config, relative: float) -> int:
-    """How many epochs the run gets: those of the configuration, or with `--match cost` as many as cost the same FLOPs.
+    """How many epochs the run gets: those of the configuration, or fewer if its schedule is squeezed.
+
+    With `--match cost` it gets as many as cost the same FLOPs.
 
     Args:
-        config: `epochs` and `match`.
-        relative: of `relative_flops`.
+        config: `epochs`, `match` and the squeeze.
+        relative: of `Cost`.
     """
-    return config.epochs if config.match == "steps" else max(1, round(config.epochs / relative))
+    return max(1, round(config.epochs * config.length if config.match == "steps" else config.epochs / relative))

@@ -66,6 +66,7 @@ def open_loaders(
             download=config.download,
             loader=config.loader,
             resolution=test_resolution,
+            limit=config.limit_test,
             rank=world.rank,
             world_size=world.size,
             workers=config.workers,

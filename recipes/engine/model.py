@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +24,7 @@ def make_model(config: Config, *, classes: int, channels: int) -> nn.Module:
     """Build a timm model with fresh weights.
 
     Args:
-        config: `model` and `small_stem`.
+        config: `model`, `model_kwargs`, `small_stem` and `stem_stride`.
         classes: outputs of the head.
         channels: of the images.
 
@@ -29,15 +32,37 @@ def make_model(config: Config, *, classes: int, channels: int) -> nn.Module:
         The model, on the CPU.
 
     Raises:
-        RunError: timm has no such model, or it has no stem that could be made small.
+        RunError: timm has no such model, it does not take these arguments, or has no stem that could be made small.
     """
     if config.model not in timm.list_models():
         near = " or ".join(get_close_matches(config.model, timm.list_models()))
         raise RunError(
             f"timm has no model {config.model!r}: " + (f"do you mean {near}?" if near else "see timm.list_models()")
         )
-    model = timm.create_model(config.model, num_classes=classes, in_chans=channels)
-    return shrink_stem(model, config.model) if config.small_stem else model
+    arguments = parse_arguments(config.model_kwargs)
+    try:
+        model = timm.create_model(config.model, num_classes=classes, in_chans=channels, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise RunError(f"timm's {config.model} cannot be built with --model-kwargs {arguments}: {error}") from error
+    return shrink_stem(model, config.model, config.stem_stride) if config.small_stem else model
+
+
+def parse_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Read "NAME=VALUE" as Python literals, or as text where VALUE is none.
+
+    Raises:
+        RunError: there is no "=" in one of them.
+    """
+    arguments: dict[str, Any] = {}
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise RunError(f"--model-kwargs takes NAME=VALUE, such as embed_dim=96, not {argument!r}")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
 
 
 @torch.no_grad()
@@ -63,12 +88,13 @@ def check_model(model: nn.Module, images: torch.Tensor, name: str) -> None:
             module.training = training
 
 
-def shrink_stem(model: nn.Module, name: str) -> nn.Module:
-    """Give a ResNet a 3x3 stem of stride 1 without pooling, so that small images stay 4 times larger inside.
+def shrink_stem(model: nn.Module, name: str, stride: int = 1) -> nn.Module:
+    """Give a ResNet a 3x3 stem without pooling, so that small images stay 4 times larger inside, or 2 at stride 2.
 
     Args:
         model: a timm ResNet; changed in place.
         name: its name, for the error.
+        stride: of the stem.
 
     Returns:
         The model.
@@ -81,9 +107,9 @@ def shrink_stem(model: nn.Module, name: str) -> nn.Module:
     if not isinstance(first, nn.Conv2d) or pool is None:
         raise RunError(f"--small-stem is for ResNets: {name} has no conv1 and maxpool")
     if isinstance(stem, nn.Sequential):  # resnet50d: three convolutions, the first of stride 2
-        first.stride = (1, 1)
+        first.stride = (stride, stride)
     else:
-        model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other kernels
     model.maxpool = nn.Identity()
     return model
@@ -96,7 +122,7 @@ def attach(
 
     Args:
         model: plain.
-        config: `algorithm`, `mode` and `rate`.
+        config: `algorithm` and the settings named as the arguments of `rdp.attach`.
         seed: of the masks.
         example: images to find the residual branches with; default: the first training batch.
 
@@ -104,21 +130,22 @@ def attach(
         The handle; None for "standard", where nothing is attached unless there are panels to draw: a handle of rate 0
         shows them and changes nothing.
     """
-    match config.algorithm:
-        case "standard":
-            return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
-        case "droppath":
-            return rdp.attach(
-                model,
-                config.rate,
-                mode=config.mode,
-                phases=(rdp.Phase.DROP,),
-                scale_by_keep=True,
-                seed=seed,
-                example_inputs=example,
-            )
-        case "rdp":
-            return rdp.attach(model, config.rate, mode=config.mode, seed=seed, example_inputs=example)
+    if config.algorithm == "standard":
+        return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
+    scaled = config.algorithm == "droppath"
+    return rdp.attach(
+        model,
+        config.rate,
+        mode=config.mode,
+        decay=config.decay,
+        sampling=config.sampling,
+        freeze=config.freeze,
+        scale_by_keep=scaled,
+        phases=(rdp.Phase.DROP,) if scaled else tuple(map(rdp.Phase, config.phases)),
+        compute=config.compute,
+        seed=seed,
+        example_inputs=example,
+    )
 
 
 def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:

@@ -111,10 +111,9 @@ class Records:
                 for name, value in numbers.items():
                     self.tensorboard.add_scalar(name, value, step)
                 self.tensorboard.flush()
-        self.say(
-            f"epoch {epoch + 1}/{epochs}: loss {numbers['train_loss']:.4f}, test {numbers['test_loss']:.4f}, "
-            f"top-1 {numbers['top1']:.2f} %, {numbers['images_per_second']:.0f} images/s"
-        )
+        tested = f"test {numbers['test_loss']:.4f}, top-1 {numbers['top1']:.2f} %, " if "top1" in numbers else ""
+        trained = f"epoch {epoch + 1}/{epochs}: loss {numbers['train_loss']:.4f}, "
+        self.say(f"{trained}{tested}{numbers['images_per_second']:.0f} images/s")
 
     def say(self, sentence: str) -> None:
         """Print a line above the progress bar."""

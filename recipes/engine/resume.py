@@ -70,7 +70,8 @@ def find_state(
                 f"{_way_back(saved['data'], data)}, or choose another --out"
             )
         state.check(saved, epochs=epochs, steps=steps)
-        require_history(saved["history"], saved["epoch"], ("",) if state.ema is None else ("", "ema_"))
+        prefixes = ("",) if state.ema is None else ("", "ema_")
+        require_history(saved["history"], saved["epoch"], prefixes, config.tested_epochs(epochs))
 
     found = checkpoint.load_latest(folder, check)
     positions = state.world.gather(None if found is None else (found["epoch"], found["step"]))

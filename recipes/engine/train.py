@@ -19,19 +19,21 @@ from torch.nn.parallel import DistributedDataParallel
 import rdp
 from engine import checkpoint
 from engine.config import Config
-from engine.cost import matched_epochs, relative_flops
+from engine.cost import cost_of, matched_epochs
 from engine.errors import RunError
 from engine.evaluate import evaluate
+from engine.examine import examine
 from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
 from engine.lesions import measure_lesions
 from engine.lock import Claim, claim
 from engine.model import attach, check_model, distribute, make_optimizer
+from engine.outside import slow_outside
 from engine.records import Records
 from engine.resume import describe_data, find_state
 from engine.rng import seed_all
-from engine.schedule import learning_rate
+from engine.schedule import learning_rate, unsqueezed
 from engine.state import TrainState
 
 T = TypeVar("T")
@@ -81,7 +83,7 @@ def _train(
         is_finished(config, seed)
         print(
             f"{train_data.samples} training and {test_data.samples} test images of {train_data.classes} classes "
-            f"({train_data.kind} loader); finding out what a step costs",
+            f"({train_data.kind} loader)",
             flush=True,
         )
 
@@ -92,19 +94,36 @@ def _train(
     images, labels = next(iter(train_data.epoch(0)))
     check_model(model, images[:2], config.model)
     autocast = _autocast(config, device)
-    flops = relative_flops(model, config, images, labels, autocast)
-    flops = float(world.sum(torch.tensor(flops, dtype=torch.float64))) / world.size  # each process has masks of its own
-    epochs = matched_epochs(config, flops)
+    cost = cost_of(model, config, images, labels, autocast, world)
+    epochs = matched_epochs(config, cost.relative_flops)
     ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
     handle = attach(model, config, seed=seed, example=images[:2])
     if config.compile:
         model.compile()
     parallel = distribute(model, config, world)
     inner = make_optimizer(model, config)
+    if handle is not None and config.freeze_outside < 1:
+        slow_outside(inner, handle, config.freeze_outside)
     optimizer = inner if handle is None else handle.wrap(inner)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     seed_all(seed * world.size + world.rank)  # dropout differs between processes
+
+    # The schedules.
+    steps = epochs * steps_per_epoch
+    whole = steps if config.length == 1 else config.epochs * steps_per_epoch
+
+    def rate_at(step: int) -> float:
+        return learning_rate(
+            unsqueezed(step, steps, whole, config.squeeze_from),
+            whole,
+            peak=config.peak_lr,
+            warmup=round(config.warmup_epochs * steps_per_epoch),
+            shape=config.schedule,
+        )
+
+    def is_on(step: int) -> bool:
+        return config.start * steps <= step < config.stop * steps
 
     # Where the run stands.
     state = TrainState(model, inner, scaler, ema, handle, world, sharded=config.fsdp)
@@ -121,7 +140,7 @@ def _train(
         folder if world.is_first else None,
         config,
         title=f"{config.model} {config.label} seed {seed}",
-        images=epochs * steps_per_epoch * config.batch_size,
+        images=steps * config.batch_size,
         images_done=(state.epoch * steps_per_epoch + state.step) * config.batch_size,
         step=state.epoch * steps_per_epoch + state.step,
         history=saved["history"] if saved else None,
@@ -158,7 +177,10 @@ def _train(
             for batch, (images, labels) in enumerate(batches, start=first):
                 completes_step = (batch + 1) % config.accumulate == 0
                 images = images.to(memory_format=layout)
-                with _gradient_sync(parallel, completes_step):
+                step = epoch * steps_per_epoch + state.step
+                on = handle is None or is_on(step)
+                off = nullcontext() if handle is None or on else handle.paused()
+                with _gradient_sync(parallel, completes_step), off:
                     with autocast():
                         loss = criterion(parallel(images), labels)
                     scaler.scale(loss / config.accumulate).backward()
@@ -166,20 +188,13 @@ def _train(
                 if not completes_step:
                     continue
 
-                step = epoch * steps_per_epoch + state.step
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(
-                        step,
-                        epochs * steps_per_epoch,
-                        peak=config.peak_lr,
-                        warmup=round(config.warmup_epochs * steps_per_epoch),
-                        shape=config.schedule,
-                    )
+                    group["lr"] = rate_at(step)
                 if config.clip_grad is not None:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 records.gradients(step, loss.detach())
-                scaler.step(optimizer)
+                scaler.step(optimizer if on else inner)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 if ema is not None:
@@ -191,6 +206,8 @@ def _train(
 
             numbers = {"lr": optimizer.param_groups[0]["lr"], **_training_numbers(state, world, config)}
             networks = {"": model} if ema is None else {"": model, "ema_": ema.module}
+            if epoch not in config.tested_epochs(epochs):
+                networks = {}
             for prefix, network in networks.items():
                 if world.size > 1:  # BatchNorm's statistics differ: those of the first process are saved, so tested
                     distribute_bn(network, world.size, reduce=False)
@@ -214,10 +231,11 @@ def _train(
         "loader": train_data.kind,
         "seed": seed,
         "epochs": epochs,
-        "steps": epochs * steps_per_epoch,
-        **{name: value for name, value in records.history[-1].items() if "top" in name},
+        "steps": steps,
+        **{name: value for name, value in records.history[-1].items() if "top" in name or "test" in name},
         "train_seconds": state.seconds,
-        "relative_flops": flops,
+        "relative_flops": cost.relative_flops,
+        "flops": cost.relative_flops * cost.image_flops * config.batch_size * steps,
     }
     if config.lesions:
 
@@ -234,6 +252,8 @@ def _train(
         where = folder if world.is_first else None
         plain = rdp.attach(model, 0.0, example_inputs=images[:2]) if handle is None else handle
         result["lesions"] = measure_lesions(plain, top1, where, progress=config.progress and world.is_first)
+    if config.examine:
+        result |= examine(model, handle, train_data, test_data, epochs=epochs, device=device, autocast=autocast)
     if world.is_first:
         write_json(folder / "result.json", result)
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,19 +122,21 @@ def _zeros(parameters: list[Tensor]) -> list[Tensor]:
     return zeros
 
 
-def require_history(history: object, epochs: int, prefixes: Sequence[str]) -> None:
+def require_history(history: object, epochs: int, prefixes: Sequence[str], tested: Collection[int]) -> None:
     """Refuse records that are not one dict of finite numbers for each epoch that is done.
 
     Args:
         history: of `Records`.
         epochs: that are done.
         prefixes: of the networks that were tested, such as "" and "ema_".
+        tested: the epochs after which they were.
     """
     require(isinstance(history, list) and len(history) == epochs, "history", history)
     assert isinstance(history, list)
-    tested = [prefix + name for prefix in prefixes for name in METRICS]
-    names = ["epoch", "step", "lr", "train_loss", "train_seconds", "images_per_second", *tested]
+    metrics = [prefix + name for prefix in prefixes for name in METRICS]
+    trained = ["epoch", "step", "lr", "train_loss", "train_seconds", "images_per_second"]
     for epoch, line in enumerate(history):
+        names = trained + (metrics if epoch in tested else [])
         require_keys(line, names, f"history[{epoch}]")
         require(line["epoch"] == epoch and type(line["epoch"]) is int, f"history[{epoch}].epoch", line["epoch"])
         require_count(line["step"], math.inf, f"history[{epoch}].step")

@@ -46,7 +46,7 @@ def test_a_run_leaves_its_settings_environment_numbers_and_weights(
     out = tmp_path / "out"
     recipe(monkeypatch, "--algorithm", "rdp", "--rate", "0.2", "--seeds", "2", "--epochs", "2", "--out", str(out))
     assert "rate = 0.2" in capsys.readouterr().out  # the configuration is echoed
-    assert sorted(path.name for path in out.iterdir()) == ["seed-0", "seed-1"]
+    assert sorted(path.name for path in out.iterdir()) == ["cost.json", "seed-0", "seed-1"]
     for seed in range(2):
         folder = out / f"seed-{seed}"
         config = json.loads((folder / "config.json").read_text())
