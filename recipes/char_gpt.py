@@ -11,7 +11,7 @@ results/DATASET/MODEL/ALGORITHM/seed-N; "top1" is the share of characters that w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from data.text import TextLoader, read_python
@@ -125,7 +125,7 @@ def run(config: CharGptConfig, seed: int, world: World) -> None:
     if config.width % config.heads:
         raise RunError(f"--width {config.width} is no multiple of --heads {config.heads}")
     text, test_text, vocabulary = read_python()
-    common = {"classes": len(vocabulary), "context": config.context, "device": str(world.device)}
+    common: dict[str, Any] = {"classes": len(vocabulary), "context": config.context, "device": str(world.device)}
     batch = config.micro_batch(world.size)
     train_data = TextLoader(text, windows=config.windows, batch_size=batch, train=True, seed=seed, **common)
     test_data = TextLoader(test_text, windows=config.limit_test or 512, batch_size=64, train=False, **common)

@@ -64,7 +64,7 @@ SETTINGS = {
             recipe="cifar10.py",
             options=(
                 *("--model", "resnet18", "--small-stem", "--stem-stride", "2", "--warmup-epochs", "2"),
-                *("--model-kwargs", "layers=(2,2,2,2)", "channels=(16,32,64,128)", "--weight-decay", "5e-4", *_SMALL),
+                *("--model-kwargs", "channels=(16,32,64,128)", "--weight-decay", "5e-4", *_SMALL),
             ),
             epochs=40,
             lr=0.05,

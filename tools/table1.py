@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from paired import paired_p_value
 
 COLUMNS = ("standard", "droppath row", "rdp row", "droppath batch", "rdp batch")
 REQUIRED = COLUMNS[:3]  # the paper's
@@ -144,34 +144,6 @@ def missing(runs: list[Run]) -> list[str]:
                 command = f"python recipes/{recipe} --model {model} --algorithm {algorithms}"
                 lines.append(f"{dataset} {model}: {', '.join(absent)} ({command})")
     return lines
-
-
-def paired_p_value(differences: list[float]) -> float:
-    """The two-sided p-value of Student's paired t-test.
-
-    Args:
-        differences: of two algorithms on the same seeds; at least two.
-
-    Returns:
-        The probability of a mean at least so far from 0 if the algorithms are equal and differences normal.
-
-    Source:
-        Abramowitz and Stegun, 26.7.3 and 26.7.4: exact for whole degrees of freedom.
-    """
-    n = len(differences)
-    spread = statistics.stdev(differences)
-    if spread == 0:
-        return 1.0 if statistics.fmean(differences) == 0 else 0.0
-    freedom = n - 1
-    angle = math.atan(abs(statistics.fmean(differences)) / (spread / math.sqrt(n)) / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(odd, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return max(0.0, 1 - within)
 
 
 def _cell(cell: dict[int, Run], standard: dict[int, Run]) -> tuple[str, ...]:
