@@ -229,6 +229,7 @@ def _train(
     result = {
         **{name: getattr(config, name) for name in ("dataset", "model", "algorithm", "mode", "rate", "match")},
         "loader": train_data.kind,
+        "data": {split: {n: of[n] for n in ("samples", "classes", "listing")} for split, of in data.items()},
         "seed": seed,
         "epochs": epochs,
         "steps": steps,

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import StudentT
 
-from tools.table1 import HEADER, PLACE, TableError, missing, paired_p_value, read_runs, render, table
+from tools.paired import paired_p_value
+from tools.table1 import HEADER, PLACE, USUAL, TableError, missing, read_runs, render, table, unfinished
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "table1.py"
 
@@ -89,14 +90,72 @@ def test_a_cell_with_two_rates_or_twice_the_same_seed_is_refused(tmp_path: Path)
         table(read_runs(tmp_path / "c"))
 
 
-def test_missing_cells_come_with_the_command_that_fills_them(tmp_path: Path) -> None:
+def test_missing_cells_of_what_was_begun_come_with_the_command_that_fills_them(tmp_path: Path) -> None:
     write(tmp_path, 0, 90.0)
     write(tmp_path, 0, 90.0, algorithm="rdp")
-    lines = missing(read_runs(tmp_path))
-    assert len(lines) == 6
-    assert lines[2] == (
-        "cifar10 resnet50: droppath row (python recipes/cifar10.py --model resnet50 --algorithm droppath)"
-    )
+    assert missing(read_runs(tmp_path)) == [
+        "cifar10 resnet50: droppath row (python recipes/cifar10.py --model resnet50 --algorithm droppath)",
+        "all of mnist resnet50, mnist resnet50d, cifar10 resnet50d, imagenet resnet50, imagenet resnet50d",
+    ]
+
+
+def put(result: Path, **content: object) -> None:
+    path = result / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | content))
+
+
+def data(training: int, test: int, classes: int = 10, listing: str = "0123456789") -> dict[str, object]:
+    sizes = {"training": training, "test": test}
+    return {n: {"samples": samples, "classes": classes, "listing": listing} for n, samples in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sizes", "name", "paper"),
+    [
+        ("cifar10", (50_000, 10_000), "cifar10", "see paper"),
+        ("cifar10", (5_000, 10_000), "cifar10 (5000 + 10000 images, 10 classes)", ""),
+        ("imagenet", (1_281_167, 50_000), "imagenet", "75.5-76.6"),
+        ("imagenet", (50_000, 10_000), "folder (50000 + 10000 images, 10 classes)", ""),
+    ],
+)
+def test_a_part_of_a_data_set_or_another_folder_is_none_of_the_papers(
+    dataset: str, sizes: tuple[int, int], name: str, paper: str, tmp_path: Path
+) -> None:
+    put(write(tmp_path, 0, 70.0, dataset=dataset), data=data(*sizes))
+    (line,) = table(read_runs(tmp_path))
+    assert (line[0], line[4]) == (name, paper)
+    assert any(text.startswith(f"{dataset} resnet50: ") for text in missing(read_runs(tmp_path))) == bool(paper)
+
+
+def test_other_images_of_the_same_name_make_another_row(tmp_path: Path) -> None:
+    for seed, listing in enumerate(["original", "throughjpeg"]):
+        put(write(tmp_path, seed, 90.0), data=data(50_000, 10_000, listing=listing))
+    assert [line[6] for line in table(read_runs(tmp_path))] == ["1", "1"]
+
+
+def test_another_use_of_the_algorithm_is_a_cell_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, 0, 90.0)
+    write(tmp_path, 0, 91.0, algorithm="rdp")
+    write(tmp_path / "late", 0, 92.0, algorithm="rdp", start=0.5)
+    write(tmp_path / "two", 0, 93.0, algorithm="rdp", phases=("drop", "drop", "freeze"), count_steps=64)
+    lines = table(read_runs(tmp_path))
+    named = "rdp row, phases ['drop', 'drop', 'freeze']"
+    assert [line[3] for line in lines] == ["standard", "rdp row", named, "rdp row, start 0.5"]
+    assert [line[7] for line in lines] == ["", "+1.00 (one seed)", "+3.00 (one seed)", "+2.00 (one seed)"]
+    assert [line[4] for line in lines] == ["see paper", "see paper", "", ""]
+
+
+def test_what_is_not_finished_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, 0, 90.0)
+    (folder / "result.json").unlink()
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    assert unfinished(tmp_path) == [f"{folder}: 2 of 300 epochs"]
+    with pytest.raises(TableError, match=r"no result.json below .* \(1 runs are not finished\)"):
+        read_runs(tmp_path)
+
+
+def test_what_is_usual_is_what_the_recipes_do() -> None:
+    assert {name: Config().to_json()[name] for name in USUAL} == USUAL
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=9))
@@ -133,7 +192,7 @@ def test_the_command_prints_the_table_and_what_is_missing(tmp_path: Path) -> Non
     write(tmp_path, 0, 91.26)
     shown = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=True)
     assert "91.26" in shown.stdout
-    assert "missing: mnist resnet50: standard, droppath row, rdp row" in shown.stdout
+    assert "missing of the paper's table: cifar10 resnet50: droppath row, rdp row" in shown.stdout
 
 
 def test_no_results_and_damaged_results_are_one_sentence(tmp_path: Path) -> None:
