@@ -22,6 +22,8 @@ from engine.folder import write_json
 from engine.launch import World
 from engine.model import attach
 
+NAME = "cost.json"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,7 +43,7 @@ def cost_of(
     autocast: Callable[[], AbstractContextManager[object]],
     world: World,
 ) -> Cost:
-    """Read what a step of the configuration costs, or count it and write it down.
+    """Read what a step of the configuration costs, or count it.
 
     Args:
         model: plain; left alone.
@@ -54,13 +56,11 @@ def cost_of(
     Returns:
         The same in every process, and in every seed.
     """
-    path = config.folder / "cost.json"
-    counted_of = {"config": config.identity(), "images": list(images.shape)}
     saved: Cost | None = None
     if world.is_first:
         try:
-            content: dict[str, Any] = json.loads(path.read_bytes())
-            if content.pop("counted_of") == counted_of:
+            content: dict[str, Any] = json.loads((config.folder / NAME).read_bytes())
+            if content.pop("counted_of") == _counted_of(config, images):
                 saved = Cost(**content)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             pass  # counting again is always right
@@ -69,10 +69,16 @@ def cost_of(
         return saved
     costs = world.gather((relative_flops(model, config, images, labels, autocast), image_flops(model, images, labels)))
     relative, of_image = (sum(numbers) / world.size for numbers in zip(*costs, strict=True))
-    cost = Cost(1 - (config.stop - config.start) * (1 - relative), of_image)
-    if world.is_first:
-        write_json(path, {**asdict(cost), "counted_of": counted_of})
-    return cost
+    return Cost(1 - (config.stop - config.start) * (1 - relative), of_image)
+
+
+def keep(cost: Cost, config: Config, images: Tensor) -> None:
+    """Write down what `cost_of` has found, once the run has begun."""
+    write_json(config.folder / NAME, {**asdict(cost), "counted_of": _counted_of(config, images)})
+
+
+def _counted_of(config: Config, images: Tensor) -> dict[str, object]:
+    return {"config": config.identity(), "images": list(images.shape)}
 
 
 def image_flops(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rdp
 from engine import checkpoint
 from engine.config import Config
-from engine.cost import cost_of, matched_epochs
+from engine.cost import cost_of, keep, matched_epochs
 from engine.errors import RunError
 from engine.evaluate import evaluate
 from engine.examine import examine
@@ -136,6 +136,7 @@ def _train(
         state.load_state_dict(saved)
     if world.is_first:
         begin(config, seed)
+        keep(cost, config, images)
     records = Records(
         folder if world.is_first else None,
         config,
