@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate": {"algorithm": "rdp", "rate": 0.5, "accumulate": 2},
     "adamw-ema-clip": {"algorithm": "rdp", "rate": 0.5, "optimizer": "adamw", "ema": 0.9, "clip_grad": 1.0},
     "bf16": {"amp": "bf16"},
+    "late": {"algorithm": "rdp", "rate": 0.5, "start": 0.4, "stop": 0.9, "test_every": 2},
+    "outside": {"algorithm": "rdp", "rate": 0.5, "freeze_outside": 0.0, "phases": ("drop", "freeze", "freeze")},
 }
 
 
