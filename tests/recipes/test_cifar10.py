@@ -11,6 +11,7 @@ import cifar10
 import numpy as np
 import pytest
 from engine import main
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,23 @@ def test_missing_data_is_one_sentence_that_says_how_to_get_it(
     assert said.startswith("error: ")
     assert "--download" in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "droppath", "rdp"])
+def test_quick_trains_on_class_folders(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "images" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(2):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    arguments = ["--quick", "--data-dir", str(tmp_path / "images"), "--algorithm", algorithm, "--limit", "20"]
+    arguments += ["--limit-test", "20", "--epochs", "2", "--batch-size", "10", "--device", "cpu", "--no-progress"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
+    main(cifar10.configure, cifar10.run)
+    (result,) = (tmp_path / "results" / "cifar10" / "resnet18").rglob("result.json")
+    assert json.loads(result.read_text())["steps"] == 4
+    assert result.parts[-3].startswith(("standard,", f"{algorithm}-row-0.1,"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ CONFIGURE = {"cifar10.py": cifar10.configure, "char_gpt.py": char_gpt.configure}
 SCRIPT = Path(study.__file__)
 
 
+@functools.cache  # reading a command line takes a third of a second
 def configs(setting: Setting) -> dict[str, Config]:
     return {arm.name: CONFIGURE[setting.recipe](options(setting, arm)) for arm in arms(setting)}
 
