@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "recipes/data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHARED = {"recipes/mnist.py", "recipes/cifar10.py", "recipes/imagenet_ffcv.py", "recipes/char_gpt.py"}  # they take the engine's options too
+ENGINE = ("mnist", "cifar10", "imagenet_ffcv", "char_gpt")
+SHARED = {f"recipes/{name}.py" for name in ENGINE}  # they take the engine's options too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
