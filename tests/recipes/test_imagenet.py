@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imagenet_ffcv
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from data.beton_writer import FolderSource, write_beton
 from data.folder import Folder, read_folder
 from data.folder_loader import FolderLoader
-from engine import checkpoint, main
+from engine import RunError, World, checkpoint, main
 from imagenet_ffcv import PRESETS, ImagenetConfig, blur_strides, configure, run
 from PIL import Image
 from torch import Tensor, nn
@@ -255,3 +256,18 @@ def test_blurpool_blurs_before_each_strided_convolution() -> None:
     blurred = torch.stack([functional.conv2d(c[:, None], weights[None, None], padding=1)[:, 0] for c in x.unbind(1)], 1)
     torch.testing.assert_close(model[1][0](x), strided(blurred))
     assert {tuple(value.shape) for value in model.state_dict().values()} == keys  # the kernel is not saved
+
+
+def test_small_images_are_tested_at_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def loaders(*_: Any, resolution: Any, test_resolution: int) -> None:
+        sizes.append(test_resolution)
+        raise RunError("seen")
+
+    monkeypatch.setattr(imagenet_ffcv, "open_loaders", loaders)
+    small = ["--resolution", "32"]
+    for arguments in (small, ["--preset", "ffcv-16ep"], [*small, "--test-resolution", "40"]):
+        with pytest.raises(RunError, match="seen"):
+            run(configure(arguments), 0, World(torch.device("cpu")))
+    assert sizes == [32, 256, 40]
