@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,10 +80,9 @@ def resume(folder: Path, content: Any) -> None:
 
 
 def test_any_value_of_a_checkpoint_replaced_by_anything_is_a_sentence_or_harmless(
-    cut: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    cut: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, content = cut
-    monkeypatch.setattr(sys.modules["engine.train"], "relative_flops", lambda *_: 1.0)  # for speed
     resume(folder, content)
     every = list(places(content))
     assert len(every) > 100
