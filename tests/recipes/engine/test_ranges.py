@@ -59,6 +59,8 @@ def test_any_text_for_any_setting_is_read_or_refused_by_name(
     if isinstance(taken, float | int) and not isinstance(taken, bool):
         assert taken == (int if isinstance(taken, int) else float)(value)
         assert math.isfinite(taken)
+    elif isinstance(taken, tuple):  # any number of values
+        assert taken == (value,)
     else:
         assert str(taken) == (str(Path(value)) if isinstance(taken, Path) else value)
 
