@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -23,6 +22,7 @@ import tyro
 from data.loader import Augment, LoaderChoice
 
 from engine.errors import RunError
+from engine.naming import named
 from engine.ranges import Range, check_ranges
 
 Algorithm = Literal["standard", "droppath", "rdp"]
@@ -217,10 +217,7 @@ class Config:
         label = self.algorithm if self.algorithm == "standard" else f"{self.algorithm}-{self.mode}-{self.rate:g}"
         label += "-equal-cost" if self.match == "cost" else ""
         usual, own = self.usual.identity(), self.identity()
-        others = [n for n in own if n not in NAMED_BY_THE_PATH and own[n] != usual[n]]
-        label += "".join(f",{name}={_short(own[name])}" for name in others)
-        # Names of files end at 255 bytes.
-        return label if len(label) <= 200 else f"{label[:180]},{blake2b(label.encode(), digest_size=8).hexdigest()}"
+        return named(label, {n: own[n] for n in own if n not in NAMED_BY_THE_PATH and own[n] != usual[n]})
 
     @property
     def folder(self) -> Path:
@@ -286,11 +283,6 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value  # as JSON will give it back
-
-
-def _short(value: object) -> str:
-    text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("/", "_").replace(" ", "")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -1,9 +1,12 @@
-"""What is looked at once, at the end of a run whose `examine` asks for it."""
+"""What is looked at once, at the end of a run that asks for it (`examine`, `lesions`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from data import Loader
@@ -12,53 +15,81 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import rdp
+from engine.config import Config
 from engine.evaluate import evaluate
+from engine.lesions import measure_lesions
 from rdp.analysis import extract_features, feature_reuse
 
 PROBE = 64  # test images on which features are compared
 
 
+@dataclass(frozen=True)
+class Network:
+    """A trained model and how it is tested."""
+
+    model: nn.Module
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    flip: bool = False
+
+    def test(self, loader: Loader, epoch: int = 0, prefix: str = "") -> dict[str, float]:
+        """As `evaluate`, with "test" left out of the names and `prefix` before them."""
+        found = evaluate(
+            self.model.eval(),
+            loader.epoch(epoch),
+            classes=loader.classes,
+            device=self.device,
+            autocast=self.autocast,
+            flip=self.flip,
+        )
+        return {prefix + name.removeprefix("test_"): value for name, value in found.items()}
+
+
 def examine(
-    model: nn.Module,
+    network: Network,
     handle: rdp.ResidualDropPath | None,
     train_data: Loader,
     test_data: Loader,
     *,
+    config: Config,
     epochs: int,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> dict[str, float]:
-    """Test on training images, test with BatchNorm's statistics taken anew, and measure feature reuse.
+    folder: Path | None,
+) -> dict[str, Any]:
+    """Measure what branches are worth (`lesions`), feature reuse, and accuracy in two other ways (`examine`).
 
     BatchNorm's statistics were taken in DROP's forwards too, in which branches are missing: an average over the
     training images through the plain network shows what that costs.
 
     Args:
-        model: trained; its BatchNorm is changed.
+        network: trained; its BatchNorm is changed.
         handle: what is attached, if anything is.
         train_data: the images of the epoch after the last one are taken, augmented as in training.
         test_data: the test split.
+        config: `examine`, `lesions` and `progress`.
         epochs: how many were trained.
-        device: of the model.
-        autocast: a context for forwards.
+        folder: where the picture of lesions goes, of the process that writes; None for the others.
 
     Returns:
-        "train_top1" and so on; "bn_top1" and so on, if there is BatchNorm; "reused" and "recreated".
+        For `result.json`: "lesions"; "train_top1" and so on; "bn_top1" and so on, if there is BatchNorm; "reused" and
+        "recreated".
     """
-
-    def tested(prefix: str, loader: Loader, epoch: int) -> dict[str, float]:
-        batches = loader.epoch(epoch)
-        found = evaluate(model.eval(), batches, classes=loader.classes, device=device, autocast=autocast)
-        return {prefix + name.removeprefix("test_"): value for name, value in found.items()}
-
-    numbers = tested("train_", train_data, epochs)
+    model, numbers = network.model, dict[str, Any]()
     images = next(iter(test_data.epoch(0)))[0][:PROBE]
     own = handle or rdp.attach(model, 0.0, example_inputs=images[:2], verify=False)
-    numbers |= feature_reuse(list(extract_features(own, images).values()))._asdict()
-    if handle is None:
-        own.remove()
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        with torch.no_grad(), own.paused():  # the plain network, in training mode
-            update_bn((images for images, _ in train_data.epoch(epochs)), model.train(), device=device)
-        numbers |= tested("bn_", test_data, 0)
+    try:
+        if config.lesions:
+            progress = config.progress and folder is not None
+            numbers["lesions"] = measure_lesions(
+                own, lambda: network.test(test_data)["top1"], folder, progress=progress
+            )
+        if config.examine:
+            numbers |= network.test(train_data, epochs, "train_")
+            numbers |= feature_reuse(list(extract_features(own, images).values()))._asdict()
+            if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                with torch.no_grad(), own.paused():  # the plain network, in training mode
+                    update_bn((images for images, _ in train_data.epoch(epochs)), model.train(), device=network.device)
+                numbers |= network.test(test_data, prefix="bn_")
+    finally:
+        if handle is None:
+            own.remove()
     return numbers

@@ -116,7 +116,7 @@ def shrink_stem(model: nn.Module, name: str, stride: int = 1) -> nn.Module:
 
 
 def attach(
-    model: nn.Module, config: Config, *, seed: int, example: torch.Tensor | None = None
+    model: nn.Module, config: Config, *, seed: int, example: torch.Tensor | None = None, steps: int | None = None
 ) -> rdp.ResidualDropPath | None:
     """Attach the algorithm to a model.
 
@@ -125,17 +125,30 @@ def attach(
         config: `algorithm` and the settings named as the arguments of `rdp.attach`.
         seed: of the masks.
         example: images to find the residual branches with; default: the first training batch.
+        steps: of the whole training, of which `start` and `stop` are shares; default: the algorithm is always on.
 
     Returns:
         The handle; None for "standard", where nothing is attached unless there are panels to draw: a handle of rate 0
         shows them and changes nothing.
+
+    Raises:
+        RunError: there is no step between `start` and `stop`.
     """
     if config.algorithm == "standard":
         return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
     scaled = config.algorithm == "droppath"
+    window = None
+    if steps is not None and (config.start > 0 or config.stop < 1):
+        begin, end = round(config.start * steps), round(config.stop * steps)
+        if begin >= end:
+            raise RunError(
+                f"--start {config.start:g} and --stop {config.stop:g} leave none of the {steps} steps between"
+            )
+        window = rdp.rate_schedules.late(begin) * rdp.rate_schedules.early(end)
     return rdp.attach(
         model,
         config.rate,
+        rate_schedule=window,
         mode=config.mode,
         decay=config.decay,
         sampling=config.sampling,

@@ -32,7 +32,7 @@ def slow_outside(optimizer: torch.optim.Optimizer, handle: rdp.ResidualDropPath,
     rates: list[tuple[dict[str, Any], float]] = []
 
     def before(*_: object) -> None:
-        if handle.phase is rdp.Phase.FREEZE:
+        if handle.phase is rdp.Phase.FREEZE and any(handle.rates):  # else the cycle is plain
             for group in outside:
                 rates.append((group, group["lr"]))
                 group["lr"] *= factor

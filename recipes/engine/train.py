@@ -16,17 +16,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-import rdp
 from engine import checkpoint
 from engine.config import Config
 from engine.cost import cost_of, keep, matched_epochs
 from engine.errors import RunError
 from engine.evaluate import evaluate
-from engine.examine import examine
+from engine.examine import Network, examine
 from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
-from engine.lesions import measure_lesions
 from engine.lock import Claim, claim
 from engine.model import attach, check_model, distribute, make_optimizer
 from engine.outside import slow_outside
@@ -97,7 +95,8 @@ def _train(
     cost = cost_of(model, config, images, labels, autocast, world)
     epochs = matched_epochs(config, cost.relative_flops)
     ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
-    handle = attach(model, config, seed=seed, example=images[:2])
+    steps = epochs * steps_per_epoch
+    handle = attach(model, config, seed=seed, example=images[:2], steps=steps)
     if config.compile:
         model.compile()
     parallel = distribute(model, config, world)
@@ -109,8 +108,7 @@ def _train(
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     seed_all(seed * world.size + world.rank)  # dropout differs between processes
 
-    # The schedules.
-    steps = epochs * steps_per_epoch
+    # The schedule.
     whole = steps if config.length == 1 else config.epochs * steps_per_epoch
 
     def rate_at(step: int) -> float:
@@ -121,9 +119,6 @@ def _train(
             warmup=round(config.warmup_epochs * steps_per_epoch),
             shape=config.schedule,
         )
-
-    def is_on(step: int) -> bool:
-        return config.start * steps <= step < config.stop * steps
 
     # Where the run stands.
     state = TrainState(model, inner, scaler, ema, handle, world, sharded=config.fsdp)
@@ -179,9 +174,7 @@ def _train(
                 completes_step = (batch + 1) % config.accumulate == 0
                 images = images.to(memory_format=layout)
                 step = epoch * steps_per_epoch + state.step
-                on = handle is None or is_on(step)
-                off = nullcontext() if handle is None or on else handle.paused()
-                with _gradient_sync(parallel, completes_step), off:
+                with _gradient_sync(parallel, completes_step):
                     with autocast():
                         loss = criterion(parallel(images), labels)
                     scaler.scale(loss / config.accumulate).backward()
@@ -195,7 +188,7 @@ def _train(
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 records.gradients(step, loss.detach())
-                scaler.step(optimizer if on else inner)
+                scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 if ema is not None:
@@ -239,23 +232,10 @@ def _train(
         "relative_flops": cost.relative_flops,
         "flops": cost.relative_flops * cost.image_flops * config.batch_size * steps,
     }
-    if config.lesions:
-
-        def top1() -> float:
-            return evaluate(
-                model,
-                test_data.epoch(0),
-                classes=test_data.classes,
-                device=device,
-                autocast=autocast,
-                flip=config.test_flip,
-            )["top1"]
-
+    if config.examine or config.lesions:
+        network = Network(model, device, autocast, config.test_flip)
         where = folder if world.is_first else None
-        plain = rdp.attach(model, 0.0, example_inputs=images[:2]) if handle is None else handle
-        result["lesions"] = measure_lesions(plain, top1, where, progress=config.progress and world.is_first)
-    if config.examine:
-        result |= examine(model, handle, train_data, test_data, epochs=epochs, device=device, autocast=autocast)
+        result |= examine(network, handle, train_data, test_data, config=config, epochs=epochs, folder=where)
     if world.is_first:
         write_json(folder / "result.json", result)
     return result

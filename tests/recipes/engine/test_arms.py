@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine import Config, RunError, World, cost
 from engine.cost import cost_of, keep, matched_epochs, relative_flops
-from engine.examine import examine
+from engine.examine import Network, examine
 from engine.outside import slow_outside
 from engine.schedule import learning_rate, unsqueezed
 from hypothesis import given
@@ -39,7 +39,8 @@ def test_outside_of_start_and_stop_training_is_plain(tmp_path: Path) -> None:
     assert late[0] == plain[0] != always[0]
     assert early[0] == always[0]
     assert len({plain[2], always[2], late[2], early[2]}) == 4
-    assert losses(tmp_path / "never", start=0.999, **RDP)[:2] == plain[:2]
+    with pytest.raises(RunError, match="leave none of the 12 steps between"):
+        train_tiny(tiny_config(tmp_path / "never", start=0.999, **RDP))
 
 
 @pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, momentum=0.9, weight_decay=0.1), lambda p: AdamW(p, 0.1)])
@@ -205,14 +206,13 @@ def test_statistics_are_taken_anew_from_the_plain_network() -> None:
     model.dropout.p = 0.0
     images = torch.cat([images for images, _ in data.epoch(5)])
     handle = rdp.attach(model, 0.9, decay="constant", example_inputs=images[:2])
-    settings: dict[str, Any] = {"epochs": 5, "device": torch.device("cpu"), "autocast": _none}
-    examine(model, handle, data, data, **settings)
+    config, cpu = tiny_config(Path("unused"), examine=True), torch.device("cpu")
+    examine(Network(model, cpu, _none), handle, data, data, config=config, epochs=5, folder=None)
     with torch.no_grad():
         mean = torch.stack([model.blocks[0].conv(model.stem(part)).mean((0, 2, 3)) for part in images.split(8)]).mean(0)
     torch.testing.assert_close(model.blocks[0].bn.running_mean, mean)
-    found = examine(
-        nn.Sequential(nn.Flatten(), nn.Linear(36, 36), Residual(), nn.Linear(36, 4)), None, data, data, **settings
-    )
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(36, 36), Residual(), nn.Linear(36, 4))
+    found = examine(Network(linear, cpu, _none), None, data, data, config=config, epochs=5, folder=None)
     assert not any(name.startswith("bn_") for name in found)
 
 

@@ -48,7 +48,7 @@ def test_an_unknown_algorithm_is_refused_with_the_known_ones(capsys: pytest.Capt
         ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes must be above 0, not 0.0"),
         ({"lr": float("nan")}, "--lr must be a number up to 1e\\+30, not nan"),
         ({"epochs": 5}, "--warmup-epochs 5 do not end within --epochs 5, so .* such as --warmup-epochs 0"),
-        ({"fsdp": True, "ema": 0.9}, "--fsdp does not go together with --ema, --compile or --panels"),
+        ({"fsdp": True, "ema": 0.9}, "--fsdp does not go together with --ema, --compile, --panels or --lesions"),
         ({"devices": -1}, "--devices must be at least 0, not -1"),
     ],
 )
