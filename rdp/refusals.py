@@ -60,13 +60,11 @@ def count_rows(rows: Rows | None, inputs: Inputs, mode: Mode) -> int:
     """The number of rows of a training forward; in batch mode, which needs none, one where there are none.
 
     Raises:
-        ForwardError: If there are none in row mode.
+        ForwardError: If it is zero, or there are none in row mode.
     """
     number = None if rows is None else rows.count(inputs)
-    if mode == "batch":
-        return number or 1
-    if number is None:
-        raise ForwardError(NO_ROWS)
     if number == 0:
         raise ForwardError(EMPTY)
-    return number
+    if number is None and mode == "row":
+        raise ForwardError(NO_ROWS)
+    return number or 1

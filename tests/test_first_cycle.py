@@ -130,14 +130,15 @@ def lbfgs(case: Case) -> Any:
 
 
 def announced_by_hand(case: Case) -> Any:
-    """Plain gradient descent, which moves nothing that has no gradient, in a loop of its own."""
+    """Plain gradient descent, which moves nothing that is frozen, in a loop of its own."""
     model = case.model()
     handle = case.attach(model)
     for step in range(6):
         loss(model(model.rows(6, step))).backward()
+        frozen = {*handle.frozen}  # which has gradients with freeze="params"
         with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None and p.grad.any():
+            for name, p in model.named_parameters():
+                if p.grad is not None and name not in frozen:
                     p -= 0.01 * p.grad
                 p.grad = None
         handle.advance()

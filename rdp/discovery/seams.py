@@ -85,6 +85,8 @@ def _earlier_seams(graph: Graph, value: int, residual: Residual, path: set[int])
         needed, zero_only = sources, len(sources) > 1
         if zero_only and node.op in ops.DIVIDE:
             return []  # by zero
+        if zero_only and any(graph.values[i].shape[:1] != node.shape[:1] for i in sources):
+            return []  # a factor made of all rows would be another where some are masked
     elif node.op in ops.COMMUTES or node.op in ops.KEEPS_ZERO:
         needed = sources[:1]
     else:

@@ -199,12 +199,7 @@ def traced(run: int, branch: int) -> int:
     this.watch.traced.add(branch)
     this.watch.reached.add(branch)
     if this.options.mode == "row" and this.branches[branch].compute == "rows" and not _ordered(this):
-        this.watch.warn(
-            "dense in compiled",
-            "compiled code runs all rows of every branch, since the number of undropped rows differs from one forward "
-            'to the next: it learns the same and saves no work. Attach with sampling="fixed" for graphs that run some '
-            "of the rows",
-        )
+        this.watch.dense_in_graph = True
     return branch
 
 

@@ -76,14 +76,14 @@ def _check(run: Run, state: dict[str, Any]) -> dict[str, Any]:
         raise StateError(f"this is no state of a ResidualDropPath handle, but a {type(state).__name__}")
     mine = save(run)
     version = state.get("version", 1)
+    if type(version) is not int or not 1 <= version <= _VERSION:
+        raise StateError(f"the state has version {shortened(version)}, this library reads up to {_VERSION}; update it")
     # Before version 4 rates did not change over training.
     constant: dict[str, Any] = {"rate": run.options.rate, "cycle_rate": run.options.rate, "factor": None}
     state = state if version == _VERSION else constant | state
     missing = mine.keys() - state.keys() - {"version"}
     if missing:
         raise StateError(f"this is no state of a ResidualDropPath handle: it lacks {sorted(missing)}")
-    if type(version) is not int or not 1 <= version <= _VERSION:
-        raise StateError(f"the state has version {shortened(version)}, this library reads up to {_VERSION}; update it")
     if version < 3:
         raise StateError(
             f"the state has version {version}, whose masks are of a random stream that is not drawn any more. Resume "

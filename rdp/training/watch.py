@@ -35,6 +35,8 @@ class Watch:
         self.reached: set[int] = set()
         self.traced: set[int] = set()
         """The branches that are gated in compiled code, whose calls cannot be seen one by one."""
+        self.dense_in_graph = False
+        """Does a graph run all rows of a branch that could run on some of them?"""
         self.known: frozenset[str] = frozenset()
         """Names of the parameters that there were when the branches were found."""
         self.learnt: dict[Phase, tuple[list[int], int]] = {}
@@ -76,6 +78,13 @@ class Watch:
         """The step was announced, with these parameters, by id, frozen in it."""
         self._announced, self._unannounced, self._frozen = True, 0, frozen
         self.steps += 1
+        if self.dense_in_graph:  # told now, since a warning would break a graph that is being made
+            self.warn(
+                "dense in graph",
+                "compiled code runs all rows of every branch, since the number of undropped rows differs from one "
+                'forward to the next: it learns the same and saves no work. Attach with sampling="fixed" for graphs '
+                "that run some of the rows",
+            )
 
     def counts(self, step: Step, frozen: Frozen) -> None:
         """The step has ended: which branches have learnt in it, and on how many rows."""

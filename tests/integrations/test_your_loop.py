@@ -82,7 +82,7 @@ def test_what_is_refused_says_so(code: str, error: str, tmp_path: Path) -> None:
 
 
 def test_the_page_was_read() -> None:
-    assert len(SNIPPETS) == PAGE.count("```python") - len(COPIES) == 8
+    assert len(SNIPPETS) == PAGE.count("```python") - len(COPIES) == 9
     assert len(COPIES) == 4
     assert len(REFUSED) == sum(line.startswith("| `") and "Error` |" in line for line in PAGE.splitlines()) == 13
     for link in re.findall(r"\]\((\.\./\S+?)\)", PAGE):

@@ -210,7 +210,7 @@ def test_why_there_is_no_proof() -> None:
         assert str(handle).endswith("not proved: values are not finite")
     model = BlockMLP(KINDS)
     with rdp.attach(model, 0.0, example_inputs=model.rows(2, 0)) as handle:
-        assert str(handle).endswith("not proved: nothing is gated")
+        assert str(handle).endswith(PROVED)  # the rate may be raised
 
     class OnlyAlone(BlockMLP):
         def forward(self, x: Tensor) -> Tensor:
