@@ -135,6 +135,8 @@ SETTINGS = {
 
 MATTER, REST = 5, 3
 """Seeds of the arms that matter, and of the others."""
+LESIONS = ("standard", "droppath", "rdp-row", "rdp-batch")
+"""Arms of whose first seed it is measured what each branch is worth."""
 
 
 def arms(setting: Setting) -> list[Arm]:

@@ -25,7 +25,7 @@ from study_run import StudyError
 LEVEL = 0.01
 MARKS = ("<!-- study -->", "<!-- /study -->")
 HEADER = ("arm", "cost", "metric", "n", "vs standard", "vs plain at this cost", "p", "Holm", "train %")
-HEADER += ("reused", "BN anew")
+HEADER += ("reused", "a branch", "BN anew")
 
 
 def verdict(pairs: list[float], corrected: float) -> str:
@@ -59,7 +59,8 @@ def report(studies: list[Study]) -> str:
         "Means ± standard deviations over n seeds. Differences are paired by seed, positive where the arm is better (a "
         "loss: lower), ± half of the 95 % interval. p: two-sided paired t-test against the plain frontier at the arm's "
         f"cost; Holm: corrected for all {len(p_values)} of this report, level {LEVEL}. *train*: top-1 on training "
-        "images at the end. *reused*: feature reuse score ([feature_reuse.md](feature_reuse.md)). *BN anew*: the "
+        "images at the end. *reused*: feature reuse score ([feature_reuse.md](feature_reuse.md)). *a branch*: what "
+        "leaving out one costs in top-1, mean over branches, first seed ([shallower.md](shallower.md)). *BN anew*: the "
         "metric with BatchNorm's statistics taken anew, minus that without."
     )
     return "\n".join(lines)
@@ -82,10 +83,12 @@ def _beside(study: Study, arm: Arm) -> list[str]:
     metric = study.setting.metric
     anew = [r["bn_" + metric.removeprefix("test_")] - r[metric] for r in results if "bn_top1" in r]
     reused = [result["reused"] for result in results if "reused" in result]
+    worth = [lesion["worth"] for r in results for lesion in r.get("lesions", {}).get("table", ())]
     train = [result["train_top1"] for result in results if "train_top1" in result]
     return [
         f"{statistics.fmean(train):.1f}" if train else "",
         f"{statistics.fmean(reused):.2f}" if reused else "",
+        f"{statistics.fmean(worth):.1f}" if worth else "",
         f"{statistics.fmean(anew):+.{_digits(study)}f}" if anew else "",
     ]
 

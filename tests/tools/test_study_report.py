@@ -89,7 +89,9 @@ def test_what_is_not_shown_is_called_so(root: Path) -> None:
 
 
 def test_a_partial_study_says_what_is_missing(root: Path) -> None:
-    write(root, "rdp-batch", 0.7, seeds(57.0, 0.1, count=2))
+    lesions = {"table": [{"worth": 3.0}, {"worth": 1.0}]}
+    write(root, "rdp-batch", 0.7, seeds(57.0, 0.1, count=2), lesions=lesions, train_top1=99.0, bn_top1=58.0)
+    assert "| 99.0 | 0.50 | 2.0 |" in report([only(root)])
     lines = missing([only(root)])
     assert "resnet: rdp-batch, seeds 2 3 4 (python recipes/study.py --settings resnet --arms rdp-batch)" in lines
     assert not any(": standard," in line for line in lines)
