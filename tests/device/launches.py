@@ -11,11 +11,11 @@ from device.simulated import install
 WAYS: dict[str, dict[str, Any]] = {
     "rows": {"compute": "rows", "sampling": "fixed", "rate": 0.25},
     "dense": {"compute": "dense", "sampling": "fixed", "rate": 0.25},
-    "batch, all kept": {"mode": "batch", "rate": 1e-9},
-    "batch, all dropped": {"mode": "batch", "rate": 1 - 1e-9},
+    "batch, all kept": {"mode": "batch", "compute": "rows", "rate": 1e-9},
+    "batch, all dropped": {"mode": "batch", "compute": "rows", "rate": 1 - 1e-9},
 }
-"""How to train: in row mode two of eight rows are dropped. In batch mode a branch is kept or dropped, and all lies
-between the two."""
+"""How to train, whatever compute="auto" thinks of such small branches: in row mode two of eight rows are dropped. In
+batch mode a branch is kept or dropped, and all lies between the two."""
 
 
 def added(name: str, way: str) -> tuple[float, float]:
