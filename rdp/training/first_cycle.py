@@ -7,9 +7,10 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from rdp import trees
 from rdp.phases import Phase
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rdp.training.step import Forward
 
 Form = tuple[object, ...]
+_ZEROS = "rdp.zeros"
 
 
 class FirstCycle:
@@ -96,6 +98,16 @@ class FirstCycle:
         return found
 
 
+def sends_zeros(x: Tensor) -> None:
+    """To what `x` was made of the graph may send nothing but zeros, so that it leads there is no sign of a fault."""
+    if x.grad_fn is not None:
+        _notes(x.grad_fn)[_ZEROS] = True
+
+
+def _notes(node: Node) -> dict[str, bool]:
+    return cast(dict[str, bool], node.metadata)  # which torch's types take for a method
+
+
 def _dead(live: Tensor) -> set[int]:
     return {branch for branch, alive in enumerate(live.tolist()) if not alive}
 
@@ -117,7 +129,7 @@ def _leaves(outputs: Iterable[Tensor]) -> set[int]:
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if node is None:
+        if node is None or _ZEROS in _notes(node):
             continue
         if (variable := getattr(node, "variable", None)) is not None:
             found.add(id(variable))

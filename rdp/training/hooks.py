@@ -17,7 +17,7 @@ from rdp.errors import ForwardError
 from rdp.phases import Phase
 from rdp.rows.branch import BranchOnRows
 from rdp.rows.program import Program
-from rdp.training import compiled, gates
+from rdp.training import compiled, first_cycle, gates
 from rdp.training.recomputation import in_reentrant_checkpoint
 from rdp.training.step import Forward, sent
 
@@ -250,13 +250,16 @@ class CutHook(RunHook):
         self.point = point
 
     def cut(self, module: nn.Module, *given: Any) -> Any:
-        """Stop the gradients of undropped rows in FREEZE; None leaves the tensor as it is."""
+        """Stop the gradients of what does not learn; None leaves the tensor as it is."""
         forward = current_forward(self.run)
-        if forward is None or forward.phase is not Phase.FREEZE or not forward.kept[self.branch]:
+        if forward is None or forward.phase is Phase.PLAIN or self.branch in forward.plain:
             return None
-        if self.branch in forward.plain:
+        kept, whole = forward.kept[self.branch], may_leave_no_graph(self.run)
+        if forward.phase is Phase.DROP:  # where what it is multiplied by is zero, so is its gradient
+            return self._cut(given, lambda x: True, sent) if not kept and whole else None
+        if not kept:
             return None
-        all_kept = forward.kept[self.branch] == forward.rows and may_leave_no_graph(self.run)
+        all_kept = kept == forward.rows and whole
         return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device), sent)
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
@@ -280,6 +283,8 @@ class CutHook(RunHook):
         if isinstance(keep, Tensor):
             keep = gates.broadcast_rows(keep, x, self.point)
         cut = gates.cut(keep, x, None if elements is None else send(elements, x.device))
+        if not torch.compiler.is_compiling():
+            first_cycle.sends_zeros(cut)
         return trees.with_tensor(place, self.point.leaf, cut)
 
 

@@ -7,6 +7,7 @@ hand for the oracle. The masks are the handle's.
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -272,9 +273,11 @@ def test_nothing_outside_learns_from_frozen_rows(block: type[Block], mode: str, 
     torch.manual_seed(0)
     model = Net(block).double()
     settings = {"mode": mode, "compute": compute, "decay": "constant", "example_inputs": batch(3)}
-    with rdp.attach(model, 0.5, seed=5, **settings) as handle:
+    with warnings.catch_warnings(), rdp.attach(model, 0.5, seed=5, **settings) as handle:
+        warnings.simplefilter("error", rdp.RdpWarning)
         assert len(handle.branches) == 2 * block.sums
         agree(handle, model, 12)
+        assert handle.check().problems == ()
 
 
 @pytest.mark.parametrize("block", [ModuleGate, AdaLNZero, GivenGate], ids=lambda block: block.__name__)
