@@ -254,12 +254,14 @@ class CutHook(RunHook):
         forward = current_forward(self.run)
         if forward is None or forward.phase is Phase.PLAIN or self.branch in forward.plain:
             return None
-        kept, whole = forward.kept[self.branch], may_leave_no_graph(self.run)
-        if forward.phase is Phase.DROP:  # where what it is multiplied by is zero, so is its gradient
-            return self._cut(given, lambda x: True, sent) if not kept and whole else None
+        kept = forward.kept[self.branch]
+        if forward.phase is Phase.DROP:
+            if not kept:  # where what it is multiplied by is zero, so is its gradient
+                first_cycle.sends_zeros(self._tensor(given))
+            return None
         if not kept:
             return None
-        all_kept = kept == forward.rows and whole
+        all_kept = kept == forward.rows and may_leave_no_graph(self.run)
         return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device), sent)
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
@@ -275,8 +277,7 @@ class CutHook(RunHook):
         return self._cut(given, lambda x: compiled.mask(given_to, self.branch, x.device), in_graph)
 
     def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool], send: Callable[..., Tensor]) -> Any:
-        place = given if self.point.of_input else given[-1]
-        x = place if isinstance(place, Tensor) else list(trees.tensors(place))[self.point.leaf]
+        x = self._tensor(given)
         if not x.requires_grad:
             return None
         keep, elements = rows(x), self.point.elements
@@ -285,7 +286,14 @@ class CutHook(RunHook):
         cut = gates.cut(keep, x, None if elements is None else send(elements, x.device))
         if not torch.compiler.is_compiling():
             first_cycle.sends_zeros(cut)
-        return trees.with_tensor(place, self.point.leaf, cut)
+        return trees.with_tensor(self._place(given), self.point.leaf, cut)
+
+    def _place(self, given: tuple[Any, ...]) -> Any:
+        return given if self.point.of_input else given[-1]
+
+    def _tensor(self, given: tuple[Any, ...]) -> Tensor:
+        place = self._place(given)
+        return place if isinstance(place, Tensor) else list(trees.tensors(place))[self.point.leaf]
 
 
 def leave(on_rows: BranchOnRows, phase: Phase, x: Tensor, keep_prob: float | Tensor | None) -> Tensor:
