@@ -240,3 +240,33 @@ def test_attach_to_what_torch_compile_returns(before):
         handle.advance()
     handle.remove()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_a_block_that_is_given_its_input_by_keyword_is_masked_as_a_whole(mode):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, *, x: Tensor) -> Tensor:
+            return x + (x @ self.weight).sigmoid()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x=self.a(x=x))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(6, 4)
+    handle = rdp.attach(model, 0.5, mode=mode, decay="constant", example_inputs=x)
+    for _ in range(4):
+        output, expected = model(x), x
+        for block, mask in zip((model.a, model.b), handle.masks, strict=True):
+            branch = (expected @ block.weight).sigmoid()
+            expected = expected + (branch if handle.phase is rdp.Phase.FREEZE else mask[:, None] * branch)
+        torch.testing.assert_close(output, expected)
+        handle.advance()

@@ -57,25 +57,27 @@ _guarding: dict[int, bool] = {}
 
 
 @torch.library.custom_op("rdp::begin_forward", mutates_args=())
-def begin_forward(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def begin_forward(
+    x: Tensor, rows: int, run: int, branches: int, ordered: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Begin a forward of N rows: what `Given` has, on the CPU; the ticket is an int64 `Tensor[2]`.
 
-    `x` tells where: it is any tensor that the model computes with.
+    `x` tells where: it is any tensor that the model computes with. The order is of no rows where it is not asked for.
     """
     this = _runs[run]
     forward = this.begin_forward(rows)
     ticket = torch.tensor([run, id(forward)], device="cpu")
     forward.graph = weakref.ref(ticket)
-    masks, rows_in_order = forward.masks.clone(), order(forward.masks) if _ordered(this) else _no_order(branches)
+    masks, rows_in_order = forward.masks.clone(), order(forward.masks) if ordered else _no_order(branches)
     if copies_from_pinned(x.device.type):
         masks, rows_in_order = masks.pin_memory(), rows_in_order.pin_memory()
     return masks, rows_in_order, _keep_probs(this), ticket
 
 
 @begin_forward.register_fake
-def _(x: Tensor, rows: int, run: int, branches: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, rows: int, run: int, branches: int, ordered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masks = torch.empty((branches, rows), dtype=torch.bool, device="cpu")
-    rows_in_order = torch.empty_like(masks, dtype=torch.int64) if _ordered(_runs[run]) else _no_order(branches)
+    rows_in_order = torch.empty_like(masks, dtype=torch.int64) if ordered else _no_order(branches)
     keep_probs = torch.empty(branches, dtype=torch.float64, device="cpu")
     return masks, rows_in_order, keep_probs, torch.empty(2, dtype=torch.int64, device="cpu")
 
@@ -125,11 +127,12 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         )
     given = [tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim()]
     x, rows = given[0] if given else next(module.parameters()), count_rows(run.rows, (args, kwargs), run.options.mode)
-    masks, rows_in_order, keep_probs, ticket = begin_forward(x.detach(), rows, id(run), len(run.branches))
+    ordered, device = _ordered(run), x.device
+    masks, rows_in_order, keep_probs, ticket = begin_forward(x.detach(), rows, id(run), len(run.branches), ordered)
     run.compiled = Given(
-        masks.to(x.device, non_blocking=True),
-        rows_in_order.to(x.device, non_blocking=True) if _ordered(run) else None,
-        keep_probs.to(x.device, non_blocking=True) if run.options.scale_by_keep else None,
+        in_graph(masks, device),
+        in_graph(rows_in_order, device) if ordered else None,
+        in_graph(keep_probs, device) if run.options.scale_by_keep else None,
         ticket,
     )
 
@@ -169,9 +172,9 @@ def _keep_probs(run: Run) -> Tensor:
     return 1 - torch.tensor(run.step.rates, dtype=torch.float64, device="cpu")
 
 
-def mask(given: Given, branch: int, device: torch.device) -> Tensor:
-    """The mask of a branch, bool `Tensor[N]`."""
-    return given.masks[branch].to(device, non_blocking=True)
+def in_graph(tensor: Tensor, device: torch.device) -> Tensor:
+    """What `sent` does, for a compiler, which cannot pin."""
+    return tensor.to(device, non_blocking=True)
 
 
 def split(run: Run, branch: int, program: Program) -> Split | None:

@@ -55,7 +55,9 @@ def install(run: Run, index: int, branch: Branch, program: Program | None) -> It
             later = LaterHook(run, name, on_rows)
             yield model.get_submodule(name).register_forward_pre_hook(later, with_kwargs=True)
     for point in branch.gates:
-        yield model.get_submodule(point.module).register_forward_hook(GateHook(run, index, point, on_rows))
+        gate = GateHook(run, index, point, on_rows)
+        # What a block is given may come by keyword.
+        yield model.get_submodule(point.module).register_forward_hook(gate, with_kwargs=point.of_block)
     for cut in branch.cuts:
         module, hook = model.get_submodule(cut.module), CutHook(run, index, cut)
         if cut.of_input:
@@ -216,7 +218,7 @@ class GateHook(RunHook):
         else:
             source = next(trees.tensors(given)) if self.point.of_block else None
             x = compiled.marked(run, self.branch, x)
-            keep = gates.broadcast_rows(compiled.mask(now, self.branch, x.device), x, self.point)
+            keep = gates.broadcast_rows(compiled.in_graph(now.masks[self.branch], x.device), x, self.point)
             gated = gates.gate(phase, keep, x, source, keep_prob)
         return trees.with_tensor(output, self.point.leaf, gated)
 
@@ -266,15 +268,11 @@ class CutHook(RunHook):
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in one graph for all masks."""
-
-        def in_graph(tensor: Tensor, device: torch.device) -> Tensor:
-            return tensor.to(device, non_blocking=True)  # a compiler cannot pin
-
         compiled.ready(id(self.run))
-        given_to, phase = self.run.compiled, self.run.step.phase
-        if given_to is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
+        now, phase, send = self.run.compiled, self.run.step.phase, compiled.in_graph
+        if now is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
             return None
-        return self._cut(given, lambda x: compiled.mask(given_to, self.branch, x.device), in_graph)
+        return self._cut(given, lambda x: send(now.masks[self.branch], x.device), send)
 
     def _cut(self, given: tuple[Any, ...], rows: Callable[[Tensor], Tensor | bool], send: Callable[..., Tensor]) -> Any:
         x = self._tensor(given)

@@ -114,12 +114,39 @@ def counted(flops: list[int]) -> Callable[..., object]:
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
 
 
-def test_graphs_of_a_vision_transformer_do_two_thirds_of_the_work():
+SIZES = {
+    "vit_tiny_patch16_224": 32,
+    "swin_tiny_patch4_window7_224": 32,
+    "convnext_atto": 64,
+    "eva02_tiny_patch14_224": 28,
+}
+"""Of the images."""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "most"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}, 0.70),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (
+                    "swin_tiny_patch4_window7_224",
+                    {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)},
+                    0.68,
+                ),
+                ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}, 0.60),
+                ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 3, "embed_dim": 48, "num_heads": 3}, 0.71),
+            )
+        ),
+    ],
+)
+def test_graphs_do_two_thirds_of_the_work(name, settings, most):
+    """The figures of docs/cost.md; `-s -m ""` prints them."""
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5
-    ).train()
-    flops, x = [0], torch.randn(40, 3, 32, 32)
+    dropping = {"drop_path_rate": 0.0} if "swin" in name else {}
+    model = timm.create_model(name, num_classes=10, **settings, **dropping).train()
+    flops, x = [0], torch.randn(40, 3, SIZES[name], SIZES[name])
 
     def work(call: nn.Module) -> int:
         flops[0] = 0
@@ -133,8 +160,9 @@ def test_graphs_of_a_vision_transformer_do_two_thirds_of_the_work():
     for _ in range(4):
         ratios.append(work(call) / plain)
         handle.advance()
+    print(f"{name}: DROP {ratios[0]:.3f}, FREEZE {ratios[1]:.3f}, mean {sum(ratios[:2]) / 2:.3f} of plain")
     assert ratios[:2] == ratios[2:]
-    assert sum(ratios[:2]) / 2 <= 0.70
+    assert sum(ratios[:2]) / 2 <= most
     assert counters["stats"]["unique_graphs"] <= 2 * 2 + 1
 
 

@@ -215,10 +215,10 @@ def test_operators_return_what_a_compiler_is_told(sampling):
     """And the masks are a copy: a later forward does not change them."""
     model, handle = attached(sampling=sampling)
     x = model.rows(7, 0)
-    masks, order, keep_probs, ticket = compiled.begin_forward(x, 7, id(handle._run), 2)
+    masks, order, keep_probs, ticket = compiled.begin_forward(x, 7, id(handle._run), 2, sampling == "fixed")
     one = compiled.reached(x, ticket)
     told = (
-        *compiled.begin_forward(x.to("meta"), 7, id(handle._run), 2),
+        *compiled.begin_forward(x.to("meta"), 7, id(handle._run), 2, sampling == "fixed"),
         compiled.reached(x.to("meta"), ticket.to("meta")),
     )
     for made, expected in zip((masks, order, keep_probs, ticket, one), told, strict=True):
@@ -234,7 +234,7 @@ def test_operators_return_what_a_compiler_is_told(sampling):
 
 def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
     model, handle = attached()
-    masks, _, keep_probs, ticket = compiled.begin_forward(model.rows(7, 0), 7, id(handle._run), 2)
+    masks, _, keep_probs, ticket = compiled.begin_forward(model.rows(7, 0), 7, id(handle._run), 2, False)
     (forward,) = handle._run.step.forwards
     assert forward.may_learn
     del ticket
@@ -246,7 +246,7 @@ def test_a_forward_may_learn_for_as_long_as_its_ticket_lives():
 def marked(run: Run, rows: int) -> tuple[Tensor, Tensor]:
     """An input of a forward of a compiled model, and the same so that its backward tells that it has come."""
     x = torch.ones(rows, requires_grad=True)
-    run.compiled = compiled.Given(*compiled.begin_forward(x, rows, id(run), 2))
+    run.compiled = compiled.Given(*compiled.begin_forward(x, rows, id(run), 2, False))
     output = compiled.marked(run, run.ends[0], x)
     assert output is not x
     run.compiled = None
@@ -269,7 +269,7 @@ def test_a_backward_tells_that_it_came_to_its_forward_and_changes_no_gradient():
 def test_the_first_and_the_last_branch_are_marked_where_they_have_a_gradient():
     _, handle = attached()
     run = handle._run
-    run.compiled = compiled.Given(*compiled.begin_forward(torch.ones(3), 3, id(run), 2))
+    run.compiled = compiled.Given(*compiled.begin_forward(torch.ones(3), 3, id(run), 2, False))
     constant, x = torch.ones(3), torch.ones(3, requires_grad=True)
     for branch in range(len(handle.branches)):
         assert compiled.marked(run, branch, constant) is constant
