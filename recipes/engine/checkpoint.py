@@ -6,6 +6,7 @@ bytes (the custom of torch.hub), so a damaged file is noticed and the one before
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -93,10 +94,13 @@ def load_latest(folder: Path, check: Callable[[dict[str, Any]], None] | None = N
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    found = [(path, match) for path in folder.glob("epoch-*.pt") if (match := _NAME.fullmatch(path.name))]
-    found.sort(key=lambda item: (int(item[1]["epoch"]), int(item[1]["step"]), item[0].stat().st_mtime_ns))
-    return [path for path, _ in found]
+    """The checkpoints in a folder, the oldest first, also while a run writes there and removes what is superfluous."""
+    found = []
+    for path in folder.glob("epoch-*.pt"):
+        if match := _NAME.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                found.append((int(match["epoch"]), int(match["step"]), path.stat().st_mtime_ns, path))
+    return [path for *_, path in sorted(found)]
 
 
 def _read(path: Path) -> dict[str, Any]:

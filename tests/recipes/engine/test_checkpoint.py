@@ -29,6 +29,13 @@ def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
     assert checkpoint.load_latest(tmp_path / "absent") is None
 
 
+def test_a_checkpoint_that_is_removed_while_a_reader_lists_the_folder_is_not_there(tmp_path: Path) -> None:
+    kept = checkpoint.save(tmp_path, state(1.5), epoch=2, step=7)
+    gone = tmp_path / kept.name.replace("step-00007", "step-00006")
+    gone.symlink_to(tmp_path / "removed")  # listed, and no longer to be looked at
+    assert checkpoint.find(tmp_path) == [kept]
+
+
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 200_000)), min_size=1, max_size=6))
 def test_the_newest_position_wins_and_two_are_kept(
     tmp_path_factory: pytest.TempPathFactory, positions: list[tuple[int, int]]
