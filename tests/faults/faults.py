@@ -57,8 +57,14 @@ def worker_of_a_rank(run: Run) -> int:
     return children(run.children()[-1])[0]
 
 
+def remove_whole(folder: Path) -> None:
+    """As `rm -rf`, again for what the run writes meanwhile."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def replace_by_empty_folder(run: Run) -> None:
-    shutil.rmtree(run.folder)
+    remove_whole(run.folder)
     run.folder.mkdir()
 
 
@@ -146,7 +152,7 @@ FAULTS: list[Fault] = [
     Fault("Ctrl-C in start-up", ONE, "error: interrupted", 130, inject=send(signal.SIGINT), when="reading the data"),
     Fault("SIGTERM in start-up", ONE, status=-15, inject=send(signal.SIGTERM), when="reading the data"),
     Fault("the same command a second time", ONE, "in use by process .* since", 143, inject=start_a_second),
-    Fault("folder removed", ONE, GONE, 1, inject=lambda run: shutil.rmtree(run.folder), takes_away=True),
+    Fault("folder removed", ONE, GONE, 1, inject=lambda run: remove_whole(run.folder), takes_away=True),
     Fault("folder replaced by an empty one", ONE, GONE, 1, inject=replace_by_empty_folder, takes_away=True),
     Fault(
         "a file in place of checkpoints/",
@@ -261,7 +267,7 @@ FAULTS: list[Fault] = [
         SPIRAL,
         "error: cannot .* No such file",
         1,
-        inject=lambda run: shutil.rmtree(run.out, ignore_errors=True),  # the run removes what is empty itself
+        inject=lambda run: remove_whole(run.out),
         takes_away=True,
     ),
     Fault("Ctrl-C while importing", SPIRAL, status=-2, inject=send(signal.SIGINT), after=1.0),
