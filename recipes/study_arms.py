@@ -60,17 +60,17 @@ SETTINGS = {
     for setting in (
         Setting(
             name="resnet",
-            title="ResNet of 8 blocks (16 to 128 channels), 5,000 CIFAR-10 images, not augmented, 40 epochs",
+            title="ResNet of 8 blocks (16 to 128 channels), 5,000 CIFAR-10 images, not augmented, 20 epochs",
             recipe="cifar10.py",
             options=(
-                *("--model", "resnet18", "--small-stem", "--stem-stride", "2", "--warmup-epochs", "2"),
+                *("--model", "resnet18", "--small-stem", "--stem-stride", "2", "--warmup-epochs", "1"),
                 *("--model-kwargs", "channels=(16,32,64,128)", "--weight-decay", "5e-4", *_SMALL),
             ),
-            epochs=40,
+            epochs=20,
             lr=0.05,
             metric="top1",
             cheap="batch",
-            seconds=290,
+            seconds=145,
             batchnorm=True,
         ),
         Setting(
@@ -82,21 +82,21 @@ SETTINGS = {
                 *("--weight-decay", "0.05", "--warmup-epochs", "4", *_SMALL),
             ),
             epochs=40,
-            lr=1e-3,
+            lr=2e-3,
             metric="top1",
             cheap="row",
             seconds=340,
         ),
         Setting(
             name="gpt",
-            title="GPT of 8 blocks (width 192), characters of Python's library, 1,000 steps of 16 x 64",
+            title="GPT of 8 blocks (width 192), characters of Python's library, 600 steps of 16 x 64",
             recipe="char_gpt.py",
-            options=("--windows", "800", "--test-every", "5"),
+            options=("--windows", "480", "--test-every", "5"),
             epochs=20,
             lr=1e-3,
             metric="test_loss",
             cheap="row",
-            seconds=260,
+            seconds=156,
         ),
         *(
             Setting(

@@ -77,10 +77,11 @@ def find_residuals(graph: Graph) -> tuple[list[Residual], list[Rejection]]:
     return found, rejected
 
 
-_NONLINEAR, _ELSEWHERE, _MANY = _NOT_TOLD_APART = (
+_NONLINEAR, _ELSEWHERE, _MANY, _BROADCASTS = _NOT_TOLD_APART = (
     "both operands are nonlinear",
     "branch does not run inside the adding module",
     "no term is the shortcut of all others",
+    "what is added broadcasts",
 )
 """Why a sum that looks like a residual one may not be taken for one."""
 
@@ -94,7 +95,7 @@ def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
     values = graph.values
     if total is None:
         constant = sum(values[i].is_data for i in set(node.inputs)) < 2  # bias, position embedding, buffer, x + x
-        raise _NotResidual("adds a constant" if constant else "broadcasts or is no floating point")
+        raise _NotResidual("adds a constant" if constant else "is no floating point")
 
     def residual(kind: Kind, fork: int, shortcut: int, branch: int) -> Residual:
         factors, weights = (total.factors.get(term, ()) for term in (branch, shortcut))
@@ -103,7 +104,7 @@ def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
 
     whole = [term for term in total.terms if term not in total.partial]
     if not whole or (node.op in ops.ADD | ops.SUBTRACT and len(whole) < len(total.terms)):
-        raise _NotResidual("broadcasts or is no floating point")
+        raise _NotResidual(_BROADCASTS)
     for shortcut in whole:
         others = [term for term in total.terms if term != shortcut]
         forks = [_made_from(graph, shortcut, branch) for branch in others]
@@ -114,7 +115,7 @@ def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
             return [residual("identity", fork, shortcut, branch) for fork, branch in pairs if fork is not None]
     if len(whole) != 2:
         raise _NotResidual(_MANY)
-    begin = node.owner.begin if node.owner else 0
+    begin = _begin(graph, node, whole)
     for shortcut, branch in (whole, whole[::-1]):
         if node.op in ops.SUBTRACT and (shortcut in total.scaled or _is_distance(graph, node)):
             continue
@@ -125,6 +126,20 @@ def _classify(graph: Graph, node: Value, total: Sum | None) -> list[Residual]:
         raise _NotResidual("a difference of two")
     fork, shortcut, branch, ambiguous = _projected(graph, node, whole[0], whole[1], begin)
     return [replace(residual("projection", fork, shortcut, branch), ambiguous=ambiguous)]
+
+
+def _begin(graph: Graph, node: Value, terms: list[int]) -> int:
+    """Where the module that adds begins; of a module that is given the terms and only adds, where its caller does."""
+    values, owner = graph.values, node.owner
+
+    def given(index: int, begin: int) -> bool:
+        sources = [i for i in set(values[index].inputs) if values[i].is_data]
+        scaled = len(sources) == 1 and values[index].op in ops.VIEW | ops.SCALE
+        return index < begin or (scaled and given(sources[0], begin))
+
+    while owner is not None and owner.parent is not None and all(given(term, owner.begin) for term in terms):
+        owner = owner.parent
+    return owner.begin if owner is not None else 0
 
 
 def _made_from(graph: Graph, shortcut: int, branch: int) -> int | None:
@@ -180,9 +195,8 @@ def _projected(graph: Graph, node: Value, left: int, right: int, begin: int) -> 
     parts = all(any(values[i].op in ops.SLICE and fork in values[i].inputs for i in path) for path in paths.values())
     if parts and (weight[shortcut][0] > LINEAR_FORM or graph.reaches_output([branch], around={node.index})):
         raise _NotResidual("operands are parts of one split tensor")  # Res2Net, but not RevNet
-    if any(values[u].op in ops.CONCATENATE for u in node.users) and any(
-        values[i].op not in ops.VIEW | ops.SLICE for i in paths[shortcut]
-    ):
+    joined = [values[user].op in ops.CONCATENATE for user in node.users]
+    if any(joined) and (all(joined) or tie) and any(values[i].op not in ops.VIEW | ops.SLICE for i in paths[shortcut]):
         raise _NotResidual("cell that feeds a concatenation")  # NASNet
     return fork, shortcut, branch, tie
 

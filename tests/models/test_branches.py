@@ -81,6 +81,18 @@ def in_place(s: Any, x: Tensor) -> Tensor:
     return out.relu_()
 
 
+class Mix(nn.Module):
+    """A sum in a module of its own that keeps the magnitude, as in EDM2 (Karras et al. 2024)."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (0.7 * a + 0.3 * b) / 0.58**0.5
+
+
+def skip(s: Any, x: Tensor) -> Tensor:
+    y = s.short(x) + s.f(x)
+    return s.out(torch.cat([y, s.g(y)], dim=-1))
+
+
 def checkpointed_name(s: Any, x: Tensor) -> Tensor:
     for layer in s.layers:
         x = x + layer(x)
@@ -115,6 +127,14 @@ CASES = {
     ),
     "projection last": Case(
         lambda: net(lambda s, x: s.f(x) + s.short(x), f=mlp(), short=nn.Linear(DIM, DIM)),
+        [("block.f", "projection", names("f"))],
+    ),
+    "projection, mixed by a module": Case(
+        lambda: net(lambda s, x: s.mix(s.f(x), s.short(x)), f=mlp(), short=nn.Linear(DIM, DIM), mix=Mix()),
+        [("block.f", "projection", names("f"))],
+    ),
+    "projection, also concatenated": Case(
+        lambda: net(skip, short=nn.Linear(DIM, DIM), f=mlp(), g=mlp(), out=nn.Linear(2 * DIM, DIM)),
         [("block.f", "projection", names("f"))],
     ),
     "scaled, reshaped": Case(
@@ -162,7 +182,7 @@ def test_exactly_the_branches_of_the_block_are_found(case: Case) -> None:
     assert [(b.name, b.kind, sorted(b.parameters)) for b in found.branches] == [
         (name, kind, sorted(parameters)) for name, kind, parameters in case.branches
     ]
-    assert {b.block for b in found.branches} == {"block"}
+    assert {b.block.split(".")[0] for b in found.branches} == {"block"}
     assert found.refused == ()
 
 
@@ -317,6 +337,18 @@ def test_a_sum_in_the_midst_of_the_stream_that_is_no_residual_one_is_named() -> 
     (refusal,) = found.refused
     assert refusal.block == "block"
     assert "in the midst of the residual stream is none by itself, as both operands are nonlinear" in refusal.reason
+
+
+def test_a_branch_that_is_smaller_than_the_stream_is_named() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = x + s.f(x)
+        x = x + s.g(x).mean(1, keepdim=True)
+        return x + s.h(x)
+
+    found = find(net(body, f=mlp(), g=mlp(), h=mlp()), torch.randn(2, 3, DIM))
+    assert [b.name for b in found.branches] == ["block.f", "block.h"]
+    (refusal,) = found.refused
+    assert "in the midst of the residual stream is none by itself, as what is added broadcasts" in refusal.reason
 
 
 class RouterLoss(nn.Module):
