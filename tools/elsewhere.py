@@ -1,7 +1,8 @@
 """The table of docs/models.md for code bases that are not timm, torchvision or transformers.
 
     pip install diffusers open_clip_torch monai x-transformers vit-pytorch segmentation-models-pytorch ultralytics \\
-        torch_geometric rtdl_revisiting_models peft hyper-connections denoising-diffusion-pytorch conformer openai-whisper
+        torch_geometric rtdl_revisiting_models peft hyper-connections denoising-diffusion-pytorch conformer \\
+        openai-whisper
     python tools/elsewhere.py                               # a few minutes; what is not installed is named
     python tools/elsewhere.py --only monai diffusers
     python tools/elsewhere.py --write docs/models.md

@@ -40,6 +40,7 @@ USUAL: dict[str, Any] = {
     "phases": ["drop", "freeze"],
     "start": 0.0,
     "stop": 1.0,
+    "rate_schedule": "constant",
     "freeze_outside": 1.0,
 }
 # What distinguishes the cells of a row, and where a run happened: neither makes another row. The loader that read does.

@@ -28,7 +28,7 @@ from engine.ranges import Range, check_ranges
 Algorithm = Literal["standard", "droppath", "rdp"]
 PhaseName = Literal["drop", "freeze", "plain"]
 
-OF_DROPPING = ("decay", "sampling", "compute", "start", "stop")
+OF_DROPPING = ("decay", "sampling", "compute", "start", "stop", "rate_schedule")
 OF_FREEZING = ("phases", "freeze", "freeze_outside")
 NAMED_BY_THE_PATH = frozenset({"dataset", "model", "algorithm", "mode", "rate", "match"})
 # What may differ between a run and its resumption: where and for how long it runs, never what it computes. Of loaders
@@ -83,6 +83,8 @@ class Config:
     """From this share of the training on the algorithm is on; before it, training is plain."""
     stop: Annotated[float, Range(above=0, most=1)] = 1.0
     """From this share of the training on it is off again."""
+    rate_schedule: Literal["constant", "rising", "falling"] = "constant"
+    """The rates from `start` to `stop`: constant, or linearly rising from 0 (and staying there), or falling to 0."""
     freeze_outside: Annotated[float, Range(0, most=1)] = 1.0
     """Factor of the learning rate in FREEZE steps for what lies in no branch: stem, head, shortcuts; 0 freezes it."""
     match: Literal["steps", "cost"] = "steps"
@@ -177,6 +179,12 @@ class Config:
     """At the end test the network without each branch, and without more and more of them; see docs/shallower.md."""
     progress: bool = True
     """Show a progress bar with throughput and time left."""
+
+    @property
+    def dropping(self) -> float:
+        """The share of the training in which the algorithm is on."""
+        ends = 1.0 if self.rate_schedule == "rising" else self.stop
+        return ends - (0.0 if self.rate_schedule == "falling" else self.start)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained.

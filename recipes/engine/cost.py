@@ -69,7 +69,7 @@ def cost_of(
         return saved
     costs = world.gather((relative_flops(model, config, images, labels, autocast), image_flops(model, images, labels)))
     relative, of_image = (sum(numbers) / world.size for numbers in zip(*costs, strict=True))
-    return Cost(1 - (config.stop - config.start) * (1 - relative), of_image)
+    return Cost(1 - config.dropping * (1 - relative), of_image)
 
 
 def keep(cost: Cost, config: Config, images: Tensor) -> None:

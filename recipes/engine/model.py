@@ -137,18 +137,10 @@ def attach(
     if config.algorithm == "standard":
         return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
     scaled = config.algorithm == "droppath"
-    window = None
-    if steps is not None and (config.start > 0 or config.stop < 1):
-        begin, end = round(config.start * steps), round(config.stop * steps)
-        if begin >= end:
-            raise RunError(
-                f"--start {config.start:g} and --stop {config.stop:g} leave none of the {steps} steps between"
-            )
-        window = rdp.rate_schedules.late(begin) * rdp.rate_schedules.early(end)
     return rdp.attach(
         model,
         config.rate,
-        rate_schedule=window,
+        rate_schedule=None if steps is None else _rate_schedule(config, steps),
         mode=config.mode,
         decay=config.decay,
         sampling=config.sampling,
@@ -159,6 +151,18 @@ def attach(
         seed=seed,
         example_inputs=example,
     )
+
+
+def _rate_schedule(config: Config, steps: int) -> rdp.rate_schedules.RateSchedule | None:
+    begin, end = round(config.start * steps), round(config.stop * steps)
+    if begin >= end:
+        raise RunError(f"--start {config.start:g} and --stop {config.stop:g} leave none of the {steps} steps between")
+    if config.rate_schedule == "rising":
+        return rdp.rate_schedules.linear(begin, end)
+    if config.rate_schedule == "falling":
+        return rdp.rate_schedules.linear(end, begin)
+    always = (begin, end) == (0, steps)
+    return None if always else rdp.rate_schedules.late(begin) * rdp.rate_schedules.early(end)
 
 
 def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from engine import Config, RunError, World, cost
 from engine.cost import cost_of, keep, matched_epochs, relative_flops
 from engine.examine import Network, examine
+from engine.model import attach
 from engine.outside import slow_outside
 from engine.schedule import learning_rate, unsqueezed
 from hypothesis import given
@@ -41,6 +42,29 @@ def test_outside_of_start_and_stop_training_is_plain(tmp_path: Path) -> None:
     assert len({plain[2], always[2], late[2], early[2]}) == 4
     with pytest.raises(RunError, match="leave none of the 12 steps between"):
         train_tiny(tiny_config(tmp_path / "never", start=0.999, **RDP))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({}, [0.4] * 8),
+        ({"start": 0.25, "stop": 0.75}, [0, 0, *[0.4] * 4, 0, 0]),
+        ({"start": 0.25, "stop": 0.75, "rate_schedule": "rising"}, [0, 0, 0, 0, 0.2, 0.2, 0.4, 0.4]),
+        ({"start": 0.25, "stop": 0.75, "rate_schedule": "falling"}, [0.4, 0.4, 0.4, 0.4, 0.2, 0.2, 0, 0]),
+    ],
+)
+def test_rates_follow_their_schedule_cycle_by_cycle(
+    tmp_path: Path, settings: dict[str, Any], rates: list[float]
+) -> None:
+    config = tiny_config(tmp_path, **(RDP | {"rate": 0.4, "decay": "constant"} | settings))
+    images, _ = next(TinyData(1, 4).epoch(0))
+    handle = attach(TinyNet(), config, seed=0, example=images, steps=8)
+    assert handle is not None
+    found = []
+    for _ in range(8):
+        found.append(handle.rates[-1])
+        handle.advance()
+    assert found == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1, momentum=0.9, weight_decay=0.1), lambda p: AdamW(p, 0.1)])
@@ -125,6 +149,7 @@ def test_tests_come_every_so_often_and_at_the_end(tmp_path: Path) -> None:
         ({"algorithm": "standard"}, "standard"),
         ({"epochs": 20}, "rdp-row-0.1,epochs=20"),
         ({"start": 0.8, "limit": 500}, "rdp-row-0.1,start=0.8,limit=500"),
+        ({"rate_schedule": "rising"}, "rdp-row-0.1,rate_schedule=rising"),
         ({"phases": ("drop", "freeze", "freeze")}, "rdp-row-0.1,phases=drop-freeze-freeze"),
         ({"seed": 3, "data_dir": Path("x"), "workers": 2}, "rdp-row-0.1"),
     ],
@@ -172,10 +197,12 @@ def test_a_cost_is_counted_once_a_configuration(tmp_path: Path, monkeypatch: pyt
     assert len(counted) == 1
     half = found(start=0.25, stop=0.75)
     assert half.relative_flops == pytest.approx(1 - (1 - first.relative_flops) / 2)
+    longer = found(start=0.25, stop=0.75, rate_schedule="rising")
+    assert longer.relative_flops == pytest.approx(1 - (1 - first.relative_flops) * 3 / 4)
     assert half.image_flops == first.image_flops
     (tmp_path / "cost.json").write_text("{")
     assert found() == first
-    assert len(counted) == 3
+    assert len(counted) == 4
 
 
 def _none() -> Any:
