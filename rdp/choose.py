@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from rdp.discovery.find import Discovery
 from rdp.discovery.own_dropping import OwnDropping, own_dropping
 from rdp.errors import ArgumentError, AttachError, BranchError, NativeDropPathError, listed
 from rdp.inputs import Rows, fresh
+from rdp.known import Known
 from rdp.look import look
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
@@ -113,9 +114,7 @@ def choose_branches(
     options: Options,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    dense: Mapping[str, str] | None = None,
-    unsound: Mapping[str, str] | None = None,
-    idle: Collection[str] = (),
+    known: Known | None = None,
 ) -> Choice:
     """Find the branches from forwards of these inputs, of two rows and of one in row mode, and give them their rates.
 
@@ -125,9 +124,7 @@ def choose_branches(
         model: The model.
         options: What `attach` was asked for.
         args, kwargs: Of a forward.
-        dense: By name, branches that are not to run on some of the rows, and why.
-        unsound: By name, branches that are not to be gated unless the user has named them, and why.
-        idle: Names of branches that run without gradients in training.
+        known: What an earlier choice has brought up.
 
     Raises:
         BranchError: If none is left, or one cannot do what `options` ask.
@@ -145,7 +142,7 @@ def choose_branches(
         for setting in silenced:
             restored.callback(setting.restore)
             setting.silence()
-        choice = _choose_branches(model, options, inputs, rows, dense or {}, unsound or {}, idle)
+        choice = _choose_branches(model, options, inputs, rows, known or Known())
         restored.pop_all()
     return replace(choice, silenced=tuple(silenced))
 
@@ -155,14 +152,12 @@ def _choose_branches(
     options: Options,
     inputs: Inputs,
     rows: Rows | None,
-    dense: Mapping[str, str],
-    unsound: Mapping[str, str],
-    idle: Collection[str],
+    known: Known,
 ) -> Choice:
     # A model that is in eval mode as a whole does not say which of its parts will train.
     evaluated = {name for name, module in model.named_modules() if model.training and not module.training}
     with forwards.undisturbed(model):
-        seen = look(model, options, inputs, rows, dense, unsound)
+        seen = look(model, options, inputs, rows, known)
         found, plan, places, odd = seen.found, seen.plan, seen.places, seen.odd
         chosen = _selected(model, options, found)
         located = [
@@ -170,7 +165,7 @@ def _choose_branches(
             for at, b in zip([places[id(c)] for c in chosen], found.branches(chosen), strict=True)
         ]
         located = [replace(b, idle="in eval mode") if b.block in evaluated else b for b in located]
-        located = [replace(b, idle="without gradients") if b.name in idle else b for b in located]
+        located = [replace(b, idle="without gradients") if b.name in known.idle else b for b in located]
         outer = {c.name for c, others in zip(chosen, held(chosen), strict=True) if others}
         plan = plan.without(dict.fromkeys(outer, "another branch lies inside it"))
         scattered = {b.name for b in located if any(gate.rows and gate.rows.outer > 1 for gate in b.gates)}

@@ -17,21 +17,21 @@ from rdp import choose
 from rdp.branches import Branch, Refusal, branch_table
 from rdp.calls import Inputs, arguments_of, as_called, telling
 from rdp.check import Checkup, check, warn_after_first_cycle
-from rdp.discovery.forwards import initialise
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
 from rdp.errors import ArgumentError, AttachError, UnknownAttributeError, warn
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
-from rdp.proof import BUDGET, Proof, prove
+from rdp.proof import Proof, prove
 from rdp.rates import check_rate
 from rdp.refusals import check_training
+from rdp.settle import settle
 from rdp.training import compiled, hooks, lesions
 from rdp.training.optimizer import MaskedOptimizer
 from rdp.training.replaced import Places
 from rdp.training.run import Run
-from rdp.training.state import check_branches, load, save
+from rdp.training.state import load, save
 
 
 class ResidualDropPath:
@@ -145,13 +145,8 @@ class ResidualDropPath:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forwards are plain and do not count."""
-        depth = len(self._run.calls.running)
-        self._run.pauses += 1
-        try:
+        with self._run.paused():
             yield
-        finally:
-            self._run.pauses -= 1
-            del self._run.calls.running[depth:]  # no hook is called where KeyboardInterrupt ended a forward
 
     @contextmanager
     def without(self, branches: lesions.Which) -> Iterator[None]:
@@ -281,43 +276,11 @@ class ResidualDropPath:
         choose.check_unattached(self.model, besides=self._run)
         check_training(self.model)
         check_sharding(self.model, self._run.agreement.ranks)
-        with torch.inference_mode(False), self.paused():
-            initialise(self.model, (args, kwargs))
-        run, expected, silenced = self._run, self._run.expected, len(self._silenced)
-        dense: dict[str, str] = {}
-        unsound: dict[str, str] = {}
-        idle: set[str] = set()
-        places: Places | None = None
-        try:
-            while True:
-                with torch.inference_mode(False), self.paused():
-                    choice = choose.choose_branches(self.model, self.options, args, kwargs, dense, unsound, idle)
-                self._silenced += choice.silenced
-                places = Places(run, choice.branches, choice.programs)
-                run.rows = choice.rows
-                run.found(choice.branches)
-                self._proof = prove(run, (args, kwargs), BUDGET) if self.options.verify else Proof({}, "verify=False")
-                wrong = {name: why for name, why in self._proof.violations.items() if name not in unsound}
-                if not wrong and idle.issuperset(self._proof.idle):
-                    break
-                idle.update(self._proof.idle)
-                for name, why in wrong.items():
-                    (dense if name in choice.programs else unsound)[name] = why
-                places.remove()
-            run.expected = expected
-            check_branches(run, choice.branches)
-            places.begin()
-        except BaseException:
-            if places is not None:
-                places.remove()
-            run.found(())
-            for drop in self._silenced[silenced:]:
-                drop.restore()
-            del self._silenced[silenced:]
-            run.expected = expected
-            raise
-        run.expected, self.refused, self._found_with = None, choice.refused, choice.found_with
-        self._places, run.look = places, places.look
+        settled = settle(self._run, (args, kwargs))
+        choice, self._proof, self._places = settled.choice, settled.proof, settled.places
+        self._silenced += settled.silenced
+        self.refused, self._found_with = choice.refused, choice.found_with
+        self._run.expected, self._run.look = None, settled.places.look
         for text in choice.warnings:
             warn(text)
         compiled.forget_compiled()

@@ -11,6 +11,7 @@ from rdp.calls import Inputs
 from rdp.discovery.find import Discovery, find_branches, traced
 from rdp.discovery.graph import Graph
 from rdp.inputs import Rows
+from rdp.known import Known
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.rows.axes import Coupling
@@ -43,8 +44,7 @@ def look(
     options: Options,
     inputs: Inputs,
     rows: Rows | None,
-    dense: Mapping[str, str],
-    unsound: Mapping[str, str],
+    known: Known,
 ) -> Seen:
     """Look at forwards of a model, within `forwards.undisturbed`: of two rows and of one or, in batch mode, of all.
 
@@ -53,23 +53,22 @@ def look(
         options: What `attach` was asked for.
         inputs: Of a forward.
         rows: Where they have their rows.
-        dense: By name, branches that are not to run on some of the rows, and why.
-        unsound: By name, branches that are not to be gated unless the user has named them, and why.
+        known: What an earlier look has brought up.
 
     Raises:
         ForwardError: If a forward of these cannot be made, though the model can be called with the inputs.
     """
     with telling(model, inputs, options):
         if options.mode == "batch":
-            return _whole(model, options, inputs, rows, dense, unsound)
+            return _whole(model, options, inputs, rows, known)
         assert rows is not None
         pair, single = rows.take(inputs, 2), rows.take(inputs, 1)
         for graph, alone in traced(model, pair, single):
-            found = _found(model, options, graph, unsound)
+            found = _found(model, options, graph, known)
             plan = _plan(model, options, found, alone, pair)
             if found.accepted and not plan.wrong:
                 break
-        plan = plan.without(dense)
+        plan = plan.without(known.dense)
         places = locate(found.accepted, found.graph, alone)
         sure = [name for name, program in plan.programs.items() if not program.why_not_before]
         odd = settle_by_row(found, places, model, pair, single, sure)
@@ -81,12 +80,11 @@ def _whole(
     options: Options,
     inputs: Inputs,
     rows: Rows | None,
-    dense: Mapping[str, str],
-    unsound: Mapping[str, str],
+    known: Known,
 ) -> Seen:
     """Batch mode asks nothing of the inputs. If they have rows, a dropped branch may run on one of them alone."""
     for (graph,) in traced(model, inputs):
-        found = _found(model, options, graph, unsound)
+        found = _found(model, options, graph, known)
         if found.accepted:
             break
     plan, names = Plan({}, {}, wrong=False), {candidate.name for candidate in found.accepted}
@@ -94,7 +92,7 @@ def _whole(
         try:
             pair, single = rows.take(inputs, 2), rows.take(inputs, 1)
             for two, one in traced(model, pair, single):
-                few = _found(model, options, two, unsound)
+                few = _found(model, options, two, known)
                 few = replace(few, candidates=[c for c in few.accepted if c.name in names])
                 plan = _plan(model, options, few, one, pair)
                 if few.accepted and not plan.wrong:
@@ -102,14 +100,14 @@ def _whole(
         except Exception:  # they are no rows, or none that can be alone
             rows = None
     # Between a forward and itself no axis differs: none is that of rows.
-    return Seen(found, plan.without(dense), locate(found.accepted, graph, graph), Coupling(), rows)
+    return Seen(found, plan.without(known.dense), locate(found.accepted, graph, graph), Coupling(), rows)
 
 
-def _found(model: nn.Module, options: Options, graph: Graph, unsound: Mapping[str, str]) -> Discovery:
+def _found(model: nn.Module, options: Options, graph: Graph, known: Known) -> Discovery:
     stops = options.freeze == "output" and Phase.FREEZE in options.phases
     found = find_branches(graph, model, options.named, stops)
     for candidate in found.accepted:
-        candidate.reason = None if candidate.name in options.named else unsound.get(candidate.name)
+        candidate.reason = None if candidate.name in options.named else known.unsound.get(candidate.name)
     return found
 
 

@@ -7,7 +7,8 @@ optimizers end its steps.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -200,6 +201,17 @@ class Run:
             calls.running.append(forward)  # in any case, since `end` is called even after an error
             if self.compiles:
                 compiled.allow_graphs(self)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forwards are plain and do not count."""
+        depth = len(self.calls.running)
+        self.pauses += 1
+        try:
+            yield
+        finally:
+            self.pauses -= 1
+            del self.calls.running[depth:]  # no hook is called where KeyboardInterrupt ended a forward
 
     def begin_forward(self, rows: int) -> Forward:
         """Begin a training forward of `rows` rows: draw its masks."""
