@@ -87,7 +87,8 @@ def _whole(
         found = _found(model, options, graph, known)
         if found.accepted:
             break
-    plan, names = Plan({}, {}, wrong=False), {candidate.name for candidate in found.accepted}
+    names = {candidate.name for candidate in found.accepted}
+    plan, why = Plan({}, {}, wrong=False), "no rows were found in the inputs"
     if rows is not None:
         try:
             pair, single = rows.take(inputs, 2), rows.take(inputs, 1)
@@ -97,8 +98,10 @@ def _whole(
                 plan = _plan(model, options, few, one, pair)
                 if few.accepted and not plan.wrong:
                     break
-        except Exception:  # they are no rows, or none that can be alone
-            rows = None
+        except Exception as error:  # they are no rows, or none that can be alone
+            rows, why = None, f"the model cannot be called with some of the rows ({type(error).__name__})"
+    if rows is None and options.compute != "dense":
+        plan = Plan({}, dict.fromkeys(names, why), wrong=False)
     # Between a forward and itself no axis differs: none is that of rows.
     return Seen(found, plan.without(known.dense), locate(found.accepted, graph, graph), Coupling(), rows)
 

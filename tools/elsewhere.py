@@ -13,6 +13,7 @@ elsewhere_models.py holds the models, with the number of branches that each has 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 import sys
 import warnings
@@ -57,16 +58,15 @@ def examine(model: Model) -> Result:
     torch.manual_seed(0)
     inputs, result = model.inputs(), Result()
     arguments: dict[str, Any] = {"rate": 0.3, "decay": "constant", "mode": "row" if model.rows else "batch"}
-    arguments["example_inputs"] = inputs[1] or inputs[0] if not (inputs[0] and inputs[1]) else None
     for compute in ("rows", "auto"):
         torch.manual_seed(0)
         with quiet():
             network = model.build().train()
+            named = inspect.signature(network.forward).bind(*inputs[0], **inputs[1]).arguments
+            named |= named.pop("kwargs", {})
+            example = inputs[0] if "args" in named else named
             try:
-                handle = rdp.attach(network, compute=compute, **arguments)
-                if arguments["example_inputs"] is None:
-                    with torch.no_grad():
-                        network(*inputs[0], **inputs[1])  # the first call shows the branches
+                handle = rdp.attach(network, compute=compute, example_inputs=example, **arguments)
             except rdp.BranchError as error:
                 return Result(reasons=(str(error).splitlines()[0],), trains="nothing gated, and said so")
             result.found = len(handle.branches)
@@ -94,7 +94,7 @@ def train(network: nn.Module, handle: rdp.ResidualDropPath, inputs: Inputs) -> s
         if moved := [name for name in before if not torch.equal(parameters[name], before[name])]:
             return f"`{moved[0]}` moved though frozen"
     verdict = str(handle.check()).splitlines()
-    return "sound" if verdict[0].startswith("sound") else " ".join(verdict[:3])
+    return "sound" if verdict[0].startswith("sound") else next(line for line in verdict if line.startswith("PROBLEM"))
 
 
 def loss(output: Any) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Annotated
 import project_paths  # noqa: F401
 import torch
 import tyro
+from models.found import find
 from models.semantics import check_gating
 from models.table import BEGIN, END, Row, markdown
 from models.zoo import zoo
@@ -92,6 +93,17 @@ def verdict(entry: Entry) -> str:
     return "; ".join(problems) or "exact"
 
 
+def on_rows(entry: Entry) -> tuple[int, int]:
+    """How many branches can run on rows, and how many do by default, where a batch has enough rows."""
+    counts = []
+    for compute in ("rows", "auto"):
+        torch.manual_seed(0)
+        model, inputs = entry.build_quick()
+        found = find(model.train(), inputs, compute=compute, verify=False).branches
+        counts.append(sum(branch.compute == "rows" or "too small" in branch.note for branch in found))
+    return counts[0], counts[1]
+
+
 def _anonymous(reason: str) -> str:
     """A reason without the names of modules, so that equal ones can be counted."""
     return re.sub(r"`[^`]*`|\['.*?'\]", "...", reason)
@@ -147,6 +159,9 @@ def main(
             finished = known or row(entry)
             if not discover_only and entry.check and finished.branches and not finished.check:
                 finished = replace(finished, check=verdict(entry))
+            if not discover_only and entry.check and finished.branches and finished.rows is None:
+                rows, default = on_rows(entry)
+                finished = replace(finished, rows=rows, default=default)
             if finished != known:
                 done[entry.key] = finished
                 stream.write(json.dumps(asdict(finished)) + "\n")

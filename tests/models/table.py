@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 BEGIN, END = "<!-- coverage table: written by tools/model_coverage.py -->", "<!-- end of coverage table -->"
-HEADER = ("family", "model", "branches", "sums", "own DropPath", "elsewhere", "last branch", "refused", "check", "s")
+HEADER = (
+    "family",
+    "model",
+    "branches",
+    "sums",
+    "own DropPath",
+    "elsewhere",
+    "last branch",
+    "refused",
+    "check",
+    "on rows",
+    "s",
+)
 TEXT = {"family", "model", "last branch", "refused", "check"}
 
 
@@ -29,6 +41,10 @@ class Row:
     """Reason: how many sums."""
     check: str = ""
     """"exact", or what went wrong; "" where it was not run."""
+    rows: int | None = None
+    """Branches that can run on some of the rows, with `compute="rows"`; None where it was not tried."""
+    default: int | None = None
+    """Those of them that do with "auto", where a batch has enough rows."""
     seconds: float = 0.0
     """Of discovery."""
 
@@ -39,8 +55,12 @@ def markdown(rows: list[Row]) -> str:
     for source in dict.fromkeys(r.source for r in rows):
         chosen = [r for r in rows if r.source == source]
         branches, sums = sum(r.branches for r in chosen), sum(r.sums for r in chosen)
+        tried = [r for r in chosen if r.rows is not None]
+        can, default, of = (sum(getattr(r, name) or 0 for r in tried) for name in ("rows", "default", "branches"))
         lines += [
             f"### {source} {version(source)}: {branches} branches, {sums} sums in {len(chosen)} models",
+            "",
+            f"{can} of {of} branches of {len(tried)} models can run on rows, {default} do by default.",
             "",
             f"| {' | '.join(HEADER)} |",
             f"|{'|'.join('---' if h in TEXT else '--:' for h in HEADER)}|",
@@ -59,6 +79,7 @@ def markdown(rows: list[Row]) -> str:
                 last,
                 refused,
                 r.check,
+                "" if r.rows is None else r.rows if r.rows == r.default else f"{r.rows} ({r.default})",
                 f"{r.seconds:.1f}",
             )
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
