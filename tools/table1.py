@@ -59,7 +59,7 @@ PLACE = {
     "lesions",
 }
 NEEDED = {"dataset", "model", "algorithm", "mode", "rate", "seed", "top1", "steps", "train_seconds", "relative_flops"}
-HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs")
+HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs", "a branch")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,10 @@ def missing(runs: list[Run]) -> list[str]:
 def _cell(cell: dict[int, Run], standard: dict[int, Run]) -> tuple[str, ...]:
     top1 = [run.result["top1"] for run in cell.values()]
     accuracy = f"{statistics.fmean(top1):.2f}" + (f" +- {statistics.stdev(top1):.2f}" if len(top1) > 1 else "")
-    return (accuracy, str(len(top1)), *_against(cell, standard))
+    lesions = [run.result.get("lesions", {}).get("table", ()) for run in cell.values()]
+    worth = [lesion["worth"] for table in lesions for lesion in table]
+    branch = f"{statistics.fmean(worth):.2f}" if worth else ""
+    return (accuracy, str(len(top1)), *_against(cell, standard), branch)
 
 
 def _against(cell: dict[int, Run], standard: dict[int, Run]) -> tuple[str, str, str]:
@@ -267,7 +270,8 @@ def main(folder: Annotated[Path, tyro.conf.Positional], format: Literal["text", 
         return
     print(
         "\nvs standard: difference of the means over common seeds, with the p-value of the two-sided paired t-test.\n"
-        "seconds, FLOPs: of the whole training, relative to standard; seconds only compare on the same machine."
+        "seconds, FLOPs: of the whole training, relative to standard; seconds only compare on the same machine.\n"
+        "a branch: what leaving out one of them costs, mean over branches and runs with --lesions."
     )
     for run in unfinished(folder):
         print(f"not finished: {run}")

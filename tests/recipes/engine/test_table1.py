@@ -220,3 +220,14 @@ def test_the_loader_that_read_makes_another_row_and_not_how_it_was_asked_for(tmp
 
 def test_what_may_change_on_resume_makes_no_other_row() -> None:
     assert PLACE == FREE_ON_RESUME
+
+
+def test_what_a_branch_is_worth_stands_beside_accuracy(tmp_path: Path) -> None:
+    for algorithm, worth in (("standard", (8.0, 4.0)), ("rdp", (1.0, 2.0))):
+        folder = write(tmp_path, 0, 90.0, algorithm=algorithm)
+        result = json.loads((folder / "result.json").read_text())
+        result["lesions"] = {"table": [{"name": f"{i}", "metric": 90 - w, "worth": w} for i, w in enumerate(worth)]}
+        (folder / "result.json").write_text(json.dumps(result))
+    write(tmp_path, 0, 90.0, algorithm="droppath")
+    found = {algorithm: line["a branch"] for (_, algorithm), line in cells(tmp_path).items()}
+    assert found == {"standard": "6.00", "rdp row": "1.50", "droppath row": ""}
