@@ -59,7 +59,19 @@ PLACE = {
     "lesions",
 }
 NEEDED = {"dataset", "model", "algorithm", "mode", "rate", "seed", "top1", "steps", "train_seconds", "relative_flops"}
-HEADER = ("data set", "model", "settings", "algorithm", "paper", "top-1 %", "n", "vs standard", "seconds", "FLOPs", "a branch")
+HEADER = (
+    "data set",
+    "model",
+    "settings",
+    "algorithm",
+    "paper",
+    "top-1 %",
+    "n",
+    "vs standard",
+    "seconds",
+    "FLOPs",
+    "a branch",
+)
 
 
 @dataclass(frozen=True)
