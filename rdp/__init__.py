@@ -50,3 +50,8 @@ __all__ = [
     "prune",
     "rate_schedules",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: the modules that they come from would only be in the way."""
+    return [*__all__, "__version__"]

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 from rdp.errors import ArgumentError
 
+__all__ = ["Factor", "RateSchedule", "early", "late", "linear", "warmup"]
+
 RateSchedule = Callable[[int], float]
+"""A function of the optimizer step, counted from 0, that returns a factor in [0, 1]."""
 
 
 class Factor:

@@ -13,11 +13,21 @@ ENGINE = ("mnist", "cifar10", "imagenet_ffcv", "char_gpt")
 SHARED = {f"recipes/{name}.py" for name in ENGINE}  # they take the engine's options too
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    dead = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
-    assert dead == []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            assert (page.parent / path).exists(), link
+        if anchor and "://" not in link:
+            assert anchor in anchors(page.parent / path if path else page), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
