@@ -1,4 +1,4 @@
-"""Pictures of feature reuse, as images and live in TensorBoard. Needs the extra `residual-droppath[tensorboard]`.
+"""Pictures of feature reuse, as images and live in TensorBoard. Needs the extra `tensorboard`.
 
 `Panels` logs an attached model from any training loop; `feature_panel`, `similarity_panel`, `training_panel`,
 `comparison_panel` and `lesion_panel` draw one image each. Nothing else in the library draws.
@@ -10,7 +10,7 @@ try:
     import tensorboard as _tensorboard  # type: ignore[import-untyped]  # noqa: F401
 except ImportError as _error:
     raise ImportError(
-        f"rdp.tensorboard needs {_error.name}; install it with: pip install 'residual-droppath[tensorboard]'"
+        f"rdp.tensorboard needs {_error.name}, of the extra `tensorboard`; in a checkout: pip install '.[tensorboard]'"
     ) from _error
 
 from rdp.tensorboard.charts import History, comparison_panel, lesion_panel, similarity_panel, training_panel

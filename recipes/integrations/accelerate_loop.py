@@ -1,6 +1,6 @@
 """RDP in an Accelerate loop, with gradient accumulation, clipping, a schedule and Accelerate's own checkpoints.
 
-    pip install 'residual-droppath[integrations]'
+    pip install '.[integrations]'
     python recipes/integrations/accelerate_loop.py                     # seconds on a CPU
     python recipes/integrations/accelerate_loop.py --precision bf16
 

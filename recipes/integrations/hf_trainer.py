@@ -1,6 +1,6 @@
 """RDP in the Hugging Face Trainer.
 
-    pip install 'residual-droppath[integrations]'
+    pip install '.[integrations]'
     python recipes/integrations/hf_trainer.py              # seconds on a CPU, nothing is downloaded
 
 Beyond the two lines, `SaveRdp` keeps the phase and the masks in the Trainer's checkpoint folders. Prints a line a step:

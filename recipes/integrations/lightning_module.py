@@ -1,6 +1,6 @@
 """RDP in PyTorch Lightning, with automatic and with manual optimization.
 
-    pip install 'residual-droppath[integrations]'
+    pip install '.[integrations]'
     python recipes/integrations/lightning_module.py              # seconds on a CPU
     python recipes/integrations/lightning_module.py --manual
 

@@ -1,6 +1,6 @@
 """RDP in a script after timm's train.py: its factories, loss scaler, clipping, EMA, schedule and checkpoint saver.
 
-    pip install 'residual-droppath[integrations]'
+    pip install '.[integrations]'
     python recipes/integrations/timm_script.py             # seconds on a CPU
 
 Beyond the two lines, a file beside each of timm's checkpoints keeps the phase and the masks. Leave timm's own

@@ -1,6 +1,6 @@
 """RDP in a recipe class as torchtune writes them: setup, train, save and load checkpoints; optionally compiled.
 
-    pip install 'residual-droppath[integrations]'
+    pip install '.[integrations]'
     python recipes/integrations/torchtune_style.py                         # seconds on a CPU
     python recipes/integrations/torchtune_style.py --compile inductor      # a minute to compile
 
