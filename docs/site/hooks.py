@@ -55,7 +55,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to files outside of docs/, and names, to their pages."""
+    """Lead links to notebooks and files outside of docs/, and names, to their pages."""
     if page.file.src_uri == "faq.md":
         page.meta["search"] = {"boost": 2}  # who asks the search a question finds its answer first
 
@@ -63,7 +63,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"[{name[0]}][{ENTRIES[name[1]]}]" if name[1] in ENTRIES else name[0]
 
     def line(text: str) -> str:
-        return text if text.startswith("#") else NAME.sub(entry, LINK.sub(r"](source/\1.md)", text))
+        text = LINK.sub(r"](source/\1.md)", text).replace(".ipynb)", ".md)")
+        return text if text.startswith("#") else NAME.sub(entry, text)
 
     parts = FENCE.split(markdown)
     parts[::2] = ["\n".join(line(text) for text in part.split("\n")) for part in parts[::2]]
