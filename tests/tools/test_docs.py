@@ -68,3 +68,9 @@ def test_the_readme_says_it_on_the_first_screen() -> None:
     assert first.count("\n") <= 40
     for needed in ("rdp.attach(", "handle.wrap(", "recipes/spiral_mlp.py", "pytest", "![", "arxiv.org"):
         assert needed in first
+
+
+def test_the_paper_is_cited_alike_everywhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CITATION.cff"):
+        for needed in ("ResidualDroppath: Enhancing Feature Reuse over Residual Connections", "Sejik", "2411.09475"):
+            assert needed in page.read_text()
