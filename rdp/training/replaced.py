@@ -174,11 +174,14 @@ class Places:
     ) -> list[str] | None:
         """The names of the modules that are hooked at these points now; None if one is not in the model."""
         names = {id(module): name for name, module in reversed([*modules.items()])}
+        known = {id(module) for module in self._modules}
         present = []
         for point, old in zip(points, ends, strict=True):
             there, new = names.get(id(old)), modules.get(point.module)
             # A module around it that has parameters adds to its value, as adapters do; others pass it through.
             around = there is not None and new is not old and there.startswith(f"{point.module}.")
+            if there is None and id(new) in known:
+                return None  # what follows in a list has moved up; it has not taken its place
             if there is None or (around and self._adds(new)):
                 there = point.module
             if there not in modules or _of_another(modules[there], self._run):

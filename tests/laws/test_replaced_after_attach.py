@@ -252,3 +252,16 @@ def test_what_gets_a_state_runs_dense(make):
         parametrizations.spectral_norm(layer)
     model(model.rows(3, 0)).sum().backward()
     assert {branch.compute for branch in handle.branches} == {"dense"}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_that_is_deleted_from_a_list_is_told_though_the_next_moves_into_its_place(index):
+    for blocks in (("plain",) * 3, ("scaled", "plain", "plain"), ("plain", "scaled", "plain", "plain")):
+        model = arch.BlockMLP(blocks).double()
+        handle = rdp.attach(model, 0.5, decay="constant", example_inputs=model.rows(2, 0))
+        name = handle.branches[index].name
+        train(model, handle, 2)
+        del model.body[index]
+        with pytest.warns(rdp.RdpWarning, match=rf"`{name}` ended a branch and is not in the model any more"):
+            model(model.rows(2, 0))
+        assert not handle.check().ok
