@@ -3,8 +3,9 @@
 In DROP the branch's first module gets the undropped rows alone, and the gate at its end puts zeros in the others'
 places. Where no row is left, a single one is run (two for batch normalisation, whose running statistics do not keep
 them), since a hook cannot keep the model from calling the branch. In FREEZE
-the model's own call runs the undropped rows, whose gradient is stopped anyway; the dropped rows, the only ones that
-learn, are run by replaying the branch as a program.
+the model's own call runs the dropped rows, the only ones that learn; the undropped ones, whose gradient is stopped
+anyway, are run by replaying the branch as a program, without a graph. With batch normalisation it is the other way
+round, since the model's own call is the one that updates running statistics.
 
 Should the model call a module of the branch otherwise than when the branch was found (an attention mask where there
 was none), the rows are put together again in front of that module, and the rest runs on all of them.
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.branches import RowAxis
 from rdp.discovery.trace import Arguments, Ref
 from rdp.errors import ForwardError
 from rdp.rows.arguments import Leaves, Named, Outside, Rows, as_recorded
+from rdp.rows.moving import put, take
 from rdp.rows.program import Operation, Program
 from rdp.trees import Path
 
@@ -48,7 +49,11 @@ class Split:
 class _Passing:
     """What is remembered between a branch's first module and its gate."""
 
-    split: Split
+    own: Tensor
+    """The rows that the model's own call runs, int64 `Tensor[rows]`."""
+    others: Tensor
+    own_undropped: bool
+    """Are those undropped, and the others dropped, or the other way round?"""
     freeze: bool
     x: Tensor
     unused: bool = False
@@ -56,6 +61,11 @@ class _Passing:
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """If so, running statistics, each with a copy of what they were before."""
     calls: dict[str, tuple[Arguments, Leaves]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The number of rows of the batch."""
+        return len(self.own) + len(self.others)
 
 
 class BranchOnRows:
@@ -80,12 +90,12 @@ class BranchOnRows:
         }
 
     def enter(self, given: Arguments, split_on: Callable[[torch.device], Split], freeze: bool) -> Arguments | None:
-        """The arguments of the branch's first module, cut to the undropped rows; None if the branch must run dense.
+        """The arguments of the branch's first module, cut to some rows; None if the branch must run dense.
 
         Args:
             given: Those that the model gives.
             split_on: Returns the rows, on a device.
-            freeze: Will dropped rows be run by `replay`?
+            freeze: Will the other rows be run by `replay`?
         """
         program, operation, leaves = self.program, self.program.operations[0], trees.leaves(given)
         x, where = leaves.get(operation.taken[program.start]), program.axes[program.start]
@@ -98,31 +108,36 @@ class BranchOnRows:
             list(x.shape) != shape and not (program.fits_any_shape and x.shape[where.axis] == entries)
         ):
             return None
+        own_undropped = not freeze or program.batch_norm
+        own, others = (split.kept, split.dropped) if own_undropped else (split.dropped, split.kept)
         statistics = []
         if unused := not len(split.kept):
             few = 2 if program.batch_norm else 1
-            split = Split(split.dropped[:few], split.dropped[few:])
+            own, others = split.dropped[:few], split.dropped[few:]
             statistics = [(b, b.clone()) for norm in self._tracking_norms() for b in norm.buffers(recurse=False)]
-        self.passing = _Passing(split, freeze, x, unused, statistics, {str(operation.target): (given, leaves)})
-        return self._filled(operation, given, leaves, {program.start: _take(x, where, split.kept)}, split.kept)
+        self.passing = _Passing(own, others, own_undropped, freeze, x, unused, statistics)
+        self.passing.calls[str(operation.target)] = given, leaves
+        return self._filled(operation, given, leaves, {program.start: take(x, where, own)}, own)
 
     def later(self, name: str, given: Arguments) -> Arguments:
-        """The arguments of a later module: those from outside of the branch are cut to the undropped rows."""
+        """The arguments of a later module: those from outside of the branch are cut to the same rows."""
         assert self.passing is not None
         passing, operation, leaves = self.passing, self.program.operations[self._numbers[name]], trees.leaves(given)
-        if not as_recorded(operation.leaves, leaves, passing.split.total, len(passing.split.kept)):
+        if not as_recorded(operation.leaves, leaves, passing.total, len(passing.own)):
             reunited = self._reunited(name, given, leaves, passing)
             self._leave()
             return reunited
         passing.calls[name] = given, leaves
-        return self._filled(operation, given, leaves, _inner(operation, leaves), passing.split.kept)
+        return self._filled(operation, given, leaves, _inner(operation, leaves), passing.own)
 
     def replay(self, operations: int | None = None) -> dict[int, Tensor]:
-        """Run the branch on the dropped rows, or the first `operations` operations of it; the values that they make."""
+        """Run the branch on the other rows, or the first `operations` operations of it; the values that they make."""
         assert self.passing is not None
-        passing, rows = self.passing, self.passing.split.dropped
-        env = {self.program.start: _take(passing.x, self.program.axes[self.program.start], rows)}
-        with self._in_replay():
+        passing, rows = self.passing, self.passing.others
+        env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
+        # What learns has run before: autocast keeps the weights that it has cast first, with their graph or without.
+        learn = passing.own_undropped and torch.is_grad_enabled()
+        with self._in_replay(), torch.set_grad_enabled(learn):
             for operation in self.program.operations[:operations]:
                 if isinstance(operation.target, str):
                     given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
@@ -136,13 +151,14 @@ class BranchOnRows:
                         env[value] = tensor
         return env
 
-    def leave(self, kept: Tensor, dropped: Tensor | float) -> Tensor:
-        """The branch output for all rows, from those of the undropped and of the dropped ones."""
+    def leave(self, own: Tensor, others: Tensor | None) -> Tensor:
+        """The branch output for all rows, from that of the model's own call and of `replay`; None: zeros."""
         passing, where = self._leave(), self.program.axes[self.program.result]
-        if isinstance(dropped, Tensor):
-            return _join(kept, dropped, where, passing.split)
-        filled = _all_rows(kept, where, passing.split).fill_(dropped)
-        return filled if passing.unused else filled.index_copy_(where.axis, _entries(where, passing.split.kept), kept)
+        if passing.unused:  # no row of it counts, and none has a graph
+            shape = list(own.shape)
+            shape[where.axis] = passing.total * where.fold
+            return own.new_zeros(shape)
+        return put(own, passing.own, others, passing.others, where)
 
     def _leave(self) -> _Passing:
         assert self.passing is not None
@@ -184,7 +200,7 @@ class BranchOnRows:
             if isinstance(recorded, Ref):
                 return env[recorded.value]
             if isinstance(recorded, Outside) and recorded.rows is not None:
-                return _take(actual, recorded.rows, rows)
+                return take(actual, recorded.rows, rows)
             if isinstance(recorded, Rows):
                 return recorded.each * len(rows)
             if isinstance(recorded, Named) and not isinstance(actual, Tensor):
@@ -197,7 +213,7 @@ class BranchOnRows:
 
     def _reunited(self, name: str, given: Arguments, leaves: Leaves, passing: _Passing) -> Arguments:
         """The arguments of a module with all rows again, since it is called in another way than was recorded."""
-        number, split = self._numbers[name], passing.split
+        number = self._numbers[name]
         inner = _inner(self.program.operations[number], leaves)
         if not inner or inner.keys() != self.program.operations[number].taken.keys():
             self.passing = None
@@ -210,11 +226,12 @@ class BranchOnRows:
         whole: dict[Path, Any] = {}
         for path, recorded in self.program.operations[number].leaves.items():
             if isinstance(recorded, Rows) and path in leaves:
-                whole[path] = recorded.each * split.total
+                whole[path] = recorded.each * passing.total
             elif isinstance(recorded, Ref):
                 tensor, where = inner[recorded.value], self.program.axes[recorded.value]
-                other = _take(tensor, where, torch.zeros_like(split.dropped)) if env is None else env[recorded.value]
-                whole[path] = _join(tensor if env is None else tensor.detach(), other, where, split)
+                other = take(tensor, where, torch.zeros_like(passing.others)) if env is None else env[recorded.value]
+                own = tensor.detach() if passing.freeze and passing.own_undropped else tensor
+                whole[path] = put(own, passing.own, other, passing.others, where)
         new = iter([whole.get(path, leaf) for path, leaf in leaves.items()])
         arguments: Arguments = trees.map_leaves(lambda _: next(new), given)
         return arguments
@@ -224,30 +241,6 @@ def _inner(operation: Operation, leaves: Leaves) -> dict[int, Tensor]:
     """The values of the branch among the arguments given to an operation."""
     given = {value: leaves.get(path) for value, path in operation.taken.items()}
     return {value: tensor for value, tensor in given.items() if isinstance(tensor, Tensor)}
-
-
-def _take(x: Tensor, where: RowAxis, rows: Tensor) -> Tensor:
-    return x.index_select(where.axis, _entries(where, rows))
-
-
-def _entries(where: RowAxis, rows: Tensor) -> Tensor:
-    """The entries of an axis that belong to `rows`."""
-    if where.fold == 1:
-        return rows
-    return (rows[:, None] * where.fold + torch.arange(where.fold, device=rows.device)).flatten()
-
-
-def _all_rows(part: Tensor, where: RowAxis, split: Split) -> Tensor:
-    """An uninitialised tensor like `part`, but of all rows."""
-    shape = list(part.shape)
-    shape[where.axis] = split.total * where.fold
-    return part.new_empty(shape)
-
-
-def _join(kept: Tensor, dropped: Tensor, where: RowAxis, split: Split) -> Tensor:
-    """A tensor of all rows from those of the undropped and of the dropped ones."""
-    out = _all_rows(kept, where, split).index_copy_(where.axis, _entries(where, split.kept), kept)
-    return out.index_copy_(where.axis, _entries(where, split.dropped), dropped)
 
 
 def _named_tensor(model: nn.Module, name: str) -> Tensor:

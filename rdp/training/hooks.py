@@ -97,7 +97,7 @@ class EntryHook(RunHook):
         self.on_rows = on_rows
 
     def cut(self, module: nn.Module, *given: Any) -> Any:
-        """Cut the arguments to undropped rows, if there are such and others."""
+        """Cut the arguments to some rows, if there are undropped ones and others."""
         if self.on_rows.replaying:
             return None
         self.on_rows.passing = None  # what an interrupted forward has left behind
@@ -295,9 +295,12 @@ class CutHook(RunHook):
 
 
 def leave(on_rows: BranchOnRows, phase: Phase, x: Tensor, keep_prob: float | Tensor | None) -> Tensor:
-    """The output of all rows, of a branch that was entered with the undropped ones."""
-    others = on_rows.replay()[on_rows.program.result] if phase is Phase.FREEZE else x
-    return on_rows.leave(gates.undropped(phase, x, None, keep_prob), gates.dropped(phase, others))
+    """The output of all rows, of a branch that was entered with some."""
+    assert on_rows.passing is not None
+    own, others = x, on_rows.replay()[on_rows.program.result] if phase is Phase.FREEZE else None
+    if on_rows.passing.own_undropped:
+        own = gates.undropped(phase, own, None, keep_prob)
+    return on_rows.leave(own, others)
 
 
 def gates_traced(run: Run, branch: int) -> bool:

@@ -20,7 +20,7 @@ BUDGET = {
 
 - A fraction is what a forward launches once for all its branches: the copy of masks or of the order of rows.
 - Rows: DROP gathers, fills and scatters, and so backwards. FREEZE gathers twice, and runs the branch's own kernels a
-  second time for the dropped rows: it has two forwards, and one backward.
+  second time for the undropped rows: it has two forwards, and one backward.
 - Dense, which ResNet is anyway for its BatchNorm: `where` and its backward. The conditioned model also cuts in FREEZE.
 - Batch: what is dropped in DROP or kept in FREEZE has no backward, whose kernels are saved.
 """

@@ -63,12 +63,17 @@ def test_a_later_module_gets_their_masks_and_all_of_what_all_rows_share():
     assert kwargs == {"table": TABLE, "entries": 4}
 
 
-def test_dropped_rows_are_replayed_with_what_the_model_gave():
-    forward = Forward([3, 0], freeze=True)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_in_freeze_all_rows_run_and_undropped_ones_without_a_graph(batch_norm):
+    """Of them batch normalisation takes the statistics, which are updated in the model's own call."""
+    forward = Forward([3, 0], freeze=True, batch_norm=batch_norm)
     args, kwargs = forward.second(forward.middle())
-    _, kept = forward.model.second(*args, **kwargs)
-    dropped = forward.branch.replay()[4]
-    full = forward.branch.leave(kept, dropped)
+    _, own = forward.model.second(*args, **kwargs)
+    assert len(own) == FOLD * (2 if batch_norm else 3)
+    others = forward.branch.replay()[4]
+    assert own.requires_grad
+    assert others.requires_grad is batch_norm
+    full = forward.branch.leave(own, others)
     lone = [forward.model.branch(X[entries(rows)], MASK[rows], TABLE) for rows in ([3, 0], [1, 2, 4])]
     torch.testing.assert_close(full[entries([3, 0])], lone[0])
     torch.testing.assert_close(full[entries([1, 2, 4])], lone[1])
@@ -78,12 +83,13 @@ def test_dropped_rows_are_replayed_with_what_the_model_gave():
 def test_a_replay_may_end_early():
     forward = Forward([3, 0], freeze=True)
     assert forward.branch.replay(2).keys() == {0, 1, 2}
+    assert torch.is_grad_enabled()
 
 
 def test_in_drop_dropped_rows_are_filled():
     forward = Forward([3, 0])
     kept = torch.ones(2 * FOLD, WIDTH)
-    full = forward.branch.leave(kept, 0.0)
+    full = forward.branch.leave(kept, None)
     expected = torch.zeros_like(X)
     expected[entries([3, 0])] = 1
     assert torch.equal(full, expected)
@@ -99,7 +105,7 @@ def test_where_no_row_is_left_a_few_run_and_leave_no_mark(batch_norm, rows):
     before = [buffer.clone() for buffer in forward.model.buffers()]
     _, run = forward.model.second(*args, **kwargs)
     assert not all(map(torch.equal, forward.model.buffers(), before))
-    assert not forward.branch.leave(run, 0.0).any()
+    assert not forward.branch.leave(run, None).any()
     assert all(map(torch.equal, forward.model.buffers(), before))
 
 
@@ -110,11 +116,11 @@ def test_a_module_that_is_called_in_another_way_gets_all_rows(freeze):
     (x, mask), kwargs = forward.second(h, table=None)
     assert kwargs == {"table": None, "entries": 2 * 5}, "as many as there are with all rows"
     assert mask is MASK
-    torch.testing.assert_close(x[entries([3, 0])], h)
+    torch.testing.assert_close(x[entries([1, 2, 4] if freeze else [3, 0])], h)
     assert x.shape == X.shape
     if freeze:  # otherwise any numbers will do
-        expected = torch.tanh(forward.model.first(X[entries([1, 2, 4])]) * forward.model.gain)
-        torch.testing.assert_close(x[entries([1, 2, 4])], expected)
+        expected = torch.tanh(forward.model.first(X[entries([3, 0])]) * forward.model.gain)
+        torch.testing.assert_close(x[entries([3, 0])], expected)
         (gradient,) = torch.autograd.grad(x[entries([3, 0])].sum(), forward.model.gain, materialize_grads=True)
         assert not gradient.any()
     assert forward.branch.passing is None
