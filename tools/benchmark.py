@@ -197,7 +197,7 @@ class SavedBytes:
             self.holders[key] += 1
             self.peak = max(self.peak, self.now)
             weakref.finalize(ticket, self._release, key, size)
-        return tensor, ticket
+        return tensor.detach(), ticket  # an output that is kept by its own node would keep that node alive
 
     def _release(self, key: int, size: int) -> None:
         self.holders[key] -= 1
