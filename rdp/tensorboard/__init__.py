@@ -15,15 +15,17 @@ except ImportError as _error:
 
 from rdp.tensorboard.charts import History, comparison_panel, lesion_panel, similarity_panel, training_panel
 from rdp.tensorboard.colors import Image
-from rdp.tensorboard.events import png
+from rdp.tensorboard.events import Events, Log, png
 from rdp.tensorboard.feature_panel import Layer, feature_panel
 from rdp.tensorboard.maps import evenly, node_maps
 from rdp.tensorboard.panels import Panels
 
 __all__ = [
+    "Events",
     "History",
     "Image",
     "Layer",
+    "Log",
     "Panels",
     "comparison_panel",
     "evenly",
