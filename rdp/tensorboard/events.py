@@ -74,7 +74,7 @@ class Events:
 
     def layout(self) -> None:
         """Let the Custom Scalars tab show the charts that matter, together where they belong together."""
-        self.writer.add_custom_scalars(LAYOUT)  # type: ignore[no-untyped-call]
+        self.writer.add_custom_scalars(LAYOUT)
 
     def settings(self, settings: Mapping[str, Any]) -> None:
         """Show the settings of the run in the Text tab, and as columns of the HParams tab beside the last numbers.
