@@ -27,18 +27,22 @@ import engine  # first: Ctrl-C ends its imports, and those take the seconds
 import torch
 import tyro
 from engine import Range, RunError
+from engine.cost import image_flops, relative_flops
 from engine.errors import explained
+from engine.examine import similarity
+from engine.folder import write_json
 from engine.interrupt import Action, Interrupts
 from engine.one_process import load, open_run, save
 from engine.output import best_effort_output
 from engine.ranges import check_ranges
+from engine.records import tell_result
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import rdp
 from rdp.analysis import FeatureReuse, Lesions, extract_features, feature_reuse, grid, lesions, spiral
-from rdp.tensorboard import Panels, lesion_panel, png
+from rdp.tensorboard import Events, Panels, lesion_panel, png
 
 CHECKPOINT_MINUTES = 1 / 6
 
@@ -126,7 +130,10 @@ class Result:
     accuracy: float
     reuse: FeatureReuse
     lesions: Lesions
+    """Of the accuracy in percent."""
     seconds: float
+    relative_flops: float
+    """Of a training step, beside one of standard training."""
 
 
 def train(algorithm: str, config: Config, folder: Path) -> Result:
@@ -141,6 +148,9 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
     points, labels = (t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed))
     test_set = [t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed + 1)]
     settings = ALGORITHMS[algorithm]
+    first = points[: config.batch_size], labels[: config.batch_size]
+    relative = relative_flops(model, engine.Config(algorithm=algorithm, rate=config.rate), *first)
+    point_flops = image_flops(model, *first)
     handle = rdp.attach(model, config.rate, seed=config.seed, example_inputs=points, **settings)
     optimizer = handle.wrap(torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas))
     batches = max(len(points) // config.batch_size, 1)
@@ -155,12 +165,13 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
     picture_every = max(config.epochs // max(config.pictures, 1), 1)
     started = time.monotonic()
     shown = None if config.whole else 6
+    events = Events(folder)
     with (
         tqdm(total=steps, initial=epoch * batches + step, desc=f"{algorithm:8}", unit="step", mininterval=0.2) as bar,
         Panels(
             handle,
             grid(GRID).to(config.device),
-            folder,
+            events,
             grid_size=GRID,
             points=points,
             labels=labels,
@@ -168,6 +179,7 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
             max_layers=shown,
             max_nodes=shown,
             name=algorithm,
+            settings={**dataclasses.asdict(config), "algorithm": algorithm},
         ) as panels,
     ):
         with Interrupts(CHECKPOINT_MINUTES, engine.World(torch.device(config.device))) as interrupts:
@@ -191,23 +203,40 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
                     loss = cross_entropy(model(points[batch]), labels[batch])
                     optimizer.zero_grad()
                     loss.backward()
-                    panels.log(handle.step_count, loss=loss)
+                    panels.log(handle.step_count, loss=loss, lr=optimizer.param_groups[0]["lr"])
                     optimizer.step()
                     schedule.step()
                     step += 1
                     bar.update()
                     pause()
                 accuracy = test(model, *test_set)
-                panels.metrics(handle.step_count, accuracy=accuracy)
+                panels.metrics(handle.step_count, top1=100 * accuracy)
                 bar.set_postfix_str(f"test accuracy {accuracy:.2%}")
                 epoch, step = epoch + 1, 0
             pause(save_anyway=True)
         panels.draw(handle.step_count)
         panels.save(folder)
-    features = extract_features(handle, grid(GRID).to(config.device))
-    found = lesions(handle, lambda: test(model, *test_set), progress=False)
-    reuse = feature_reuse(list(features.values()))
-    return Result(test(model, *test_set), reuse, found, time.monotonic() - started)
+        features = list(extract_features(handle, grid(GRID).to(config.device)).values())
+        found = lesions(handle, lambda: 100 * test(model, *test_set), progress=False)
+        panels.lesions(handle.step_count, found, metric="accuracy, %")
+        result = Result(test(model, *test_set), feature_reuse(features), found, time.monotonic() - started, relative)
+        # As the other recipes leave them, for tools/figures.py compare.
+        numbers = {
+            "dataset": "spiral",
+            "model": f"mlp-{config.depth}x{config.width}",
+            "algorithm": algorithm,
+            "rate": config.rate,
+            "seed": config.seed,
+            "top1": 100 * result.accuracy,
+            "train_seconds": result.seconds,
+            "relative_flops": relative,
+            "flops": relative * point_flops * config.batch_size * steps,
+            "lesions": dataclasses.asdict(found),
+        }
+        write_json(folder / "similarity.json", similarity(features))
+        write_json(folder / "result.json", numbers)
+        tell_result(events, {**numbers, **result.reuse._asdict()}, handle.step_count)
+    return result
 
 
 @torch.no_grad()
@@ -248,17 +277,19 @@ def check(config: Config) -> None:
 def report(results: dict[str, Result], config: Config, folder: Path) -> str:
     """What is printed at the end."""
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    lines = [f"{'':10}{'test accuracy':>14}{'without one':>13}{'reused':>9}{'recreated':>11}{'seconds':>9}"]
+    lines = [f"{'':10}{'test accuracy':>14}{'without one':>13}{'reused':>9}{'recreated':>11}{'FLOPs':>8}{'seconds':>9}"]
     for algorithm, r in results.items():
         lesioned = sum(lesion.metric for lesion in r.lesions.table) / len(r.lesions.table)
         lines.append(
-            f"{algorithm:10}{r.accuracy:>14.2%}{lesioned:>13.2%}{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}"
-            f"{r.seconds:>9.1f}"
+            f"{algorithm:10}{r.accuracy:>14.2%}{lesioned:>12.2f}%{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}"
+            f"{r.relative_flops:>8.2f}{r.seconds:>9.1f}"
         )
     lines.append(
         "(without one: mean accuracy without one of the branches, see docs/shallower.md and lesions.png; reused,"
     )
-    lines.append("recreated: the two parts of the similarity between layers, see docs/feature_reuse.md)\n")
+    lines.append("recreated: the two parts of the similarity between layers, see docs/feature_reuse.md; FLOPs: of a")
+    lines.append("step, beside standard training; seconds: of so small a network nearly all is overhead of calling")
+    lines.append("functions, which RDP adds to: what larger ones take is in docs/cost.md)\n")
     lines.append(f"Pictures    {folder}/*/*.png, such as {folder / next(iter(results)) / 'features_nodes.png'}")
     lines.append(f"TensorBoard {python} -m tensorboard.main --logdir {folder}, then open http://localhost:6006")
     return "\n".join(lines)
@@ -278,7 +309,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Result]:
         algorithms = list(ALGORITHMS) if config.algorithm == "all" else [config.algorithm]
         print(f"depth {config.depth}, width {config.width}, {config.epochs} epochs of {config.samples} points")
         results = {name: train(name, config, folder / name) for name in algorithms}
-        picture = lesion_panel({name: result.lesions for name, result in results.items()}, metric="accuracy")
+        picture = lesion_panel({name: result.lesions for name, result in results.items()}, metric="accuracy, %")
         (folder / "lesions.png").write_bytes(png(picture))
         print(report(results, config, folder))
         return results

@@ -1,19 +1,18 @@
-"""Draw the paper's Figures 1 to 4 from a checkpoint of recipes/spiral_mlp.py, and compare runs of several seeds.
+"""Draw the paper's Figures 1 to 4 from a checkpoint of recipes/spiral_mlp.py, and compare runs of any recipe.
 
     python tools/figures.py draw runs/spiral_mlp/DATE/standard/checkpoint.pt --out figures
     python tools/figures.py compare runs/spiral_mlp/* --out figures
+    python tools/figures.py compare results/mnist10k/resnet18/standard results/mnist10k/resnet18/rdp-row-0.1
 
 `draw` writes figure1.png (every layer and node), figure2.png (the same, sampled to 6 of each, readable at a glance),
-figure3.png (similarity of layers) and figure4.png (features over training). `compare` prints a table, accuracy and
-feature reuse as mean and standard deviation over seeds, and draws the distance of the layers to the input.
+figure3.png (similarity of layers) and figure4.png (features over training). `compare` prints a table, accuracy, feature
+reuse and cost as mean and standard deviation over seeds, and draws similarity, lesions, accuracy and cost into one
+figure, comparison.png and comparison.pdf.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ import numpy as np
 import project_paths  # noqa: F401
 import torch
 import tyro
-from spiral_mlp import ALGORITHMS, GRID, ResidualMLP, test
+from comparison import comparison_figure, grouped, read_runs, table
+from spiral_mlp import GRID, ResidualMLP
 from torch import Tensor
 
 import rdp
-from rdp.analysis import FeatureReuse, cka_matrix, distance_matrix, extract_features, feature_reuse, grid, spiral
-from rdp.tensorboard import Image, Layer, comparison_panel, feature_panel, node_maps, png, similarity_panel
+from rdp.analysis import extract_features, grid, spiral
+from rdp.tensorboard import Image, Layer, feature_panel, node_maps, png, similarity_panel
 
 Checkpoint = dict[str, Any]
 
@@ -83,68 +83,27 @@ def draw(checkpoint: tyro.conf.Positional[Path], out: Path = Path("figures")) ->
     write(pictures, out)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One trained network."""
-
-    accuracy: float
-    reuse: FeatureReuse
-    distance: Tensor
-    cka: Tensor
-
-
-def measure(checkpoint: Checkpoint) -> Measured:
-    """Test a network and compare its layers."""
-    model, features = features_of(checkpoint, checkpoint["model"])
-    accuracy = test(model, *spiral(checkpoint["samples"], seed=2 * checkpoint["seed"] + 1))
-    return Measured(accuracy, feature_reuse(features), distance_matrix(features)[0], cka_matrix(features)[0])
-
-
-def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")) -> None:
-    """Compare algorithms over seeds, and networks of each depth apart.
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures"), name: str = "comparison"
+) -> None:
+    """Compare two or more finished runs; those that differ in the seed alone are one line.
 
     Args:
-        runs: Folders of finished runs of the recipe, with any seeds.
-        out: Folder for the pictures.
+        runs: Their folders, or folders above them.
+        out: Folder for the figure.
+        name: What the figure is called there.
     """
-    paths = [path for run in runs for name in ALGORITHMS if (path := run / name / "checkpoint.pt").exists()]
-    if not paths:
-        raise SystemExit(f"no */checkpoint.pt of any algorithm in {', '.join(map(str, runs)) or 'no folder'}")
-    groups: dict[str, dict[str, list[Measured]]] = defaultdict(lambda: defaultdict(list))
-    for path in paths:
-        state = load(path)
-        size = f"depth {state['depth']}, width {state['width']}, {state['epoch']} epochs"
-        groups[size][state["algorithm"]].append(measure(state))
-    pictures = {}
-    for size, algorithms in groups.items():
-        print(f"{size}\n\n{table(algorithms)}\n")
-        distances = {name: torch.stack([m.distance for m in found]) for name, found in algorithms.items()}
-        ckas = {name: torch.stack([m.cka for m in found]) for name, found in algorithms.items()}
-        name = f"comparison_{size.split(',')[0]}".replace(" ", "_")
-        if name in pictures:  # another width, or another number of epochs
-            name = f"comparison_{size}".replace(", ", "_").replace(" ", "_")
-        pictures[name] = comparison_panel(distances, ckas, title=size)
-    write(pictures, out)
-
-
-def table(algorithms: dict[str, list[Measured]]) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
-    lines = ["| | seeds | test accuracy, % | reused | recreated |", "|---|---|---|---|---|"]
-    for name, found in algorithms.items():
-        columns = [
-            spread([100 * m.accuracy for m in found], 2),
-            spread([m.reuse.reused for m in found], 3),
-            spread([m.reuse.recreated for m in found], 3),
-        ]
-        lines.append(f"| {name} | {len(found)} | {' | '.join(columns)} |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation."""
-    mean = sum(values) / len(values)
-    deviation = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    groups = grouped(read_runs(runs))
+    print(f"{table(groups)}\n")
+    figure = comparison_figure(groups)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / f"{name}.png", out / f"{name}.pdf"):
+            # Without the date, so that the same runs make the same file.
+            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+            print(path)
+    except OSError as error:
+        raise SystemExit(f"cannot write to {out}: {error.strerror}") from error
 
 
 def write(pictures: dict[str, Image], out: Path) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from data import Loader
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import rdp
 from engine.config import Config
 from engine.evaluate import evaluate
+from engine.folder import write_json
 from engine.lesions import measure_lesions
-from rdp.analysis import extract_features, feature_reuse
+from rdp.analysis import cka_matrix, distance_matrix, extract_features, feature_reuse
 
 PROBE = 64  # test images on which features are compared
 
@@ -93,3 +95,33 @@ def examine(
         if handle is None:
             own.remove()
     return numbers
+
+
+def keep_similarity(model: nn.Module, handle: rdp.ResidualDropPath | None, images: Tensor, folder: Path | None) -> None:
+    """Write how alike the layers of a trained network are, for `tools/figures.py compare`.
+
+    The run is finished, so what cannot be measured ends nothing: a network without branches, or too little memory.
+
+    Args:
+        model: in any mode.
+        handle: what is attached, if anything is.
+        images: on which features are compared, on the model's device.
+        folder: where `similarity.json` goes, of the process that writes; None for the others.
+    """
+    try:
+        with nullcontext(handle) if handle else rdp.attach(model, 0.0, example_inputs=images[:2], verify=False) as own:
+            content = similarity(list(extract_features(own, images).values()))
+    except (rdp.RdpError, torch.OutOfMemoryError):
+        return
+    if folder is not None:
+        write_json(folder / "similarity.json", content)
+
+
+def similarity(features: list[Tensor]) -> dict[str, object]:
+    """What `similarity.json` holds: the distance and the linear CKA of each layer with the input (null: undefined), and
+    the feature reuse.
+    """
+    numbers = {"distance": distance_matrix(features)[0], "cka": cka_matrix(features)[0]}
+    lists = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in numbers.items()}
+    comparable = len({values.shape for values in features}) < len(features)
+    return {**lists, **(feature_reuse(features)._asdict() if comparable else {})}

@@ -135,7 +135,8 @@ def attach(
         RunError: there is no step between `start` and `stop`.
     """
     if config.algorithm == "standard":
-        return rdp.attach(model, 0.0, seed=seed, example_inputs=example) if config.panels else None
+        phases = (rdp.Phase.PLAIN,)
+        return rdp.attach(model, 0.0, phases=phases, seed=seed, example_inputs=example) if config.panels else None
     scaled = config.algorithm == "droppath"
     return rdp.attach(
         model,

@@ -19,7 +19,20 @@ from tqdm import tqdm
 import rdp
 from engine.config import Config
 from engine.files import write_atomically
-from rdp.tensorboard import Panels
+from rdp.tensorboard import Events, Panels
+
+_GROUPS = {"train": "train", "test": "test", "ema": "test_ema"}
+_WHOLE_NAMES = {"lr": "train/lr", "train_seconds": "time/epoch_seconds", "images_per_second": "time/images_per_second"}
+
+
+def tag_of(name: str) -> str:
+    """Where TensorBoard has a number of the history: "train_loss" is `train/loss`, "ema_top1" `test_ema/top1`."""
+    if name in _WHOLE_NAMES:
+        return _WHOLE_NAMES[name]
+    first, _, rest = name.partition("_")
+    if first not in _GROUPS:
+        return f"test/{name}"
+    return f"{_GROUPS[first]}/{rest.removeprefix('test_')}"
 
 
 class Records:
@@ -62,9 +75,13 @@ class Records:
             dynamic_ncols=True,
             disable=folder is None or not config.progress,
         )
-        self.tensorboard: SummaryWriter | None = None
+        self._writer: SummaryWriter | None = None
         if folder is not None:
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+            self._events = Events(self._writer)
+            with self._spared():
+                self._events.layout()
+                self._events.settings({"title": title, **config.to_json(), "lr": config.peak_lr})
         self._write_history()
 
     def open_panels(self, handle: rdp.ResidualDropPath | None, images: Tensor) -> None:
@@ -74,8 +91,11 @@ class Records:
             handle: attached to the model.
             images: on which features are compared, `Tensor[N, C, H, W]`.
         """
-        if self.tensorboard is not None and self._every and handle is not None:
-            self._panels = Panels(handle, images, self.tensorboard, images_every=self._every)
+        if self._writer is None or handle is None:
+            return
+        self._events.text("model", f"```\n{handle}\n```")
+        if self._every:
+            self._panels = Panels(handle, images, self._writer, images_every=self._every)
 
     def gradients(self, step: int, loss: Tensor) -> None:
         """Let the panels look at the gradients; call it between `backward` and the optimizer's step."""
@@ -107,10 +127,11 @@ class Records:
         epoch, step, numbers = (newest := dict(self.history[-1])).pop("epoch"), newest.pop("step"), newest
         self._write_history()
         with self._spared():
-            if self.tensorboard is not None:
-                for name, value in numbers.items():
-                    self.tensorboard.add_scalar(name, value, step)
-                self.tensorboard.flush()
+            tags = {tag_of(name): value for name, value in numbers.items()}
+            if self._panels is not None:  # whose points are closer together
+                del tags["train/loss"]
+            self._events(step, tags, {})
+            self._events.flush()
         tested = f"test {numbers['test_loss']:.4f}, top-1 {numbers['top1']:.2f} %, " if "top1" in numbers else ""
         trained = f"epoch {epoch + 1}/{epochs}: loss {numbers['train_loss']:.4f}, "
         self.say(f"{trained}{tested}{numbers['images_per_second']:.0f} images/s")
@@ -128,8 +149,20 @@ class Records:
         """Close the bar and TensorBoard's file."""
         self._bar.close()
         with self._spared():
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def finish(self, result: dict[str, Any], step: int) -> None:
+        """Tell TensorBoard the last numbers, by which its HParams tab sorts runs; after `__exit__`.
+
+        Args:
+            result: of the run; what in it is a number and no setting is told.
+            step: optimizer steps done.
+        """
+        if self._folder is None:
+            return
+        with self._spared(), SummaryWriter(str(self._folder / "tensorboard")) as writer:
+            tell_result(Events(writer), result, step)
 
     def _write_history(self) -> None:
         if self._folder is None:
@@ -145,3 +178,10 @@ class Records:
             yield
         except OSError as error:
             self.say(f"cannot write the records of {self._folder}: {error.strerror}; the run goes on")
+
+
+def tell_result(events: Events, result: dict[str, Any], step: int) -> None:
+    """Write the numbers of a finished run that are no settings, and that it is finished."""
+    numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+    events(step, {f"final/{name}": value for name, value in numbers.items() if name not in ("rate", "seed")}, {})
+    events.finished()

@@ -21,7 +21,7 @@ from engine.config import Config
 from engine.cost import cost_of, keep, matched_epochs
 from engine.errors import RunError
 from engine.evaluate import evaluate
-from engine.examine import Network, examine
+from engine.examine import Network, examine, keep_similarity
 from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
@@ -35,7 +35,7 @@ from engine.schedule import learning_rate, unsqueezed
 from engine.state import TrainState
 
 T = TypeVar("T")
-PROBE = 16  # training images that the panels compare features on
+PROBE = 16  # images that features are compared on
 
 
 def train(
@@ -238,6 +238,10 @@ def _train(
         result |= examine(network, handle, train_data, test_data, config=config, epochs=epochs, folder=where)
     if world.is_first:
         write_json(folder / "result.json", result)
+    records.finish(result, steps)
+    if not (config.fsdp or config.compile):  # of which features are costly
+        images = next(iter(test_data.epoch(0)))[0][:PROBE]
+        keep_similarity(model, handle, images, folder if world.is_first else None)
     return result
 
 
