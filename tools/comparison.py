@@ -178,6 +178,12 @@ def comparison_figure(groups: Groups) -> Figure:
         return figure
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, as PNG or PDF; the same runs make the same bytes."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+
+
 def _lines(axes: Axes, curves: Mapping[str, Sequence[Mapping[int, float | None]]], looks: Mapping[str, Any]) -> None:
     for name, runs in curves.items():
         places = [x for x in (runs[0] if runs else ()) if all(run.get(x) is not None for run in runs)]

@@ -20,7 +20,7 @@ import numpy as np
 import project_paths  # noqa: F401
 import torch
 import tyro
-from comparison import comparison_figure, grouped, read_runs, table
+from comparison import comparison_figure, grouped, read_runs, save, table
 from spiral_mlp import GRID, ResidualMLP
 from torch import Tensor
 
@@ -99,8 +99,7 @@ def compare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / f"{name}.png", out / f"{name}.pdf"):
-            # Without the date, so that the same runs make the same file.
-            figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+            save(figure, path)
             print(path)
     except OSError as error:
         raise SystemExit(f"cannot write to {out}: {error.strerror}") from error

@@ -41,7 +41,8 @@ def test_the_quick_preset_separates_the_spirals_with_every_algorithm(tmp_path: P
         assert result.accuracy > 0.97, name
         assert 0 < result.reuse.reused < 1
         assert [lesion.name for lesion in result.lesions.table] == [f"layers.{i}" for i in range(6)]
-        assert result.lesions.whole == result.accuracy
+        assert result.lesions.whole == 100 * result.accuracy
+        assert result.relative_flops == 1 if name == "standard" else 0.5 < result.relative_flops < 1.1
 
 
 def test_it_says_where_the_pictures_and_events_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,7 @@ def test_it_says_where_the_pictures_and_events_are(tmp_path: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert f"-m tensorboard.main --logdir {folder}" in printed
     assert "without one" in printed
+    assert "seconds: of so small a network nearly all is overhead" in printed
     assert (folder / "lesions.png").read_bytes().startswith(b"\x89PNG")
     for algorithm in ("standard", "droppath", "rdp"):
         assert algorithm in printed

@@ -63,8 +63,14 @@ def test_a_run_leaves_its_settings_environment_numbers_and_weights(
         assert state is not None
         assert {"model", "optimizer", "scaler", "ema", "processes", "epoch", "step", "history"} <= state.keys()
         assert state["history"] == lines
-        scalars = EventAccumulator(str(folder / "tensorboard")).Reload()
-        assert [event.step for event in scalars.Scalars("top1")] == [4, 8]
+        written = EventAccumulator(str(folder / "tensorboard")).Reload()
+        for tag in ("train/loss", "train/lr", "test/loss", "test/top1", "test/top5", "time/images_per_second"):
+            assert [event.step for event in written.Tensors(tag)] == [4, 8], tag
+        (final,) = written.Tensors("final/top1")
+        assert final.tensor_proto.float_val[0] == pytest.approx(result["top1"])
+        similarity = json.loads((folder / "similarity.json").read_text())
+        assert similarity["cka"][0] == pytest.approx(1)
+        assert len(similarity["cka"]) == len(similarity["distance"]) > 2
     weights = [checkpoint.load_latest(out / f"seed-{s}" / "checkpoints")["model"]["conv1.0.weight"] for s in range(2)]
     assert not torch.equal(*weights)
 

@@ -1,0 +1,125 @@
+"""What TensorBoard shows, asked over HTTP: descriptions, settings beside the last numbers, the layout, texts."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import RUNS, tensorboard, write_runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rdp.tensorboard.tags import TAGS
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("board") / "runs"
+    write_runs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(folder: Path) -> Iterator[Ask]:
+    with tensorboard(folder, "--load_fast=false") as address:
+
+        def ask(path: str, post: dict[str, Any] | None = None, **query: object) -> Any:
+            url = f"{address}data/{path}?{urllib.parse.urlencode(query)}"
+            data = None if post is None else json.dumps(post).encode()
+            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        until = time.monotonic() + 60
+        # It reads the files after it has begun to answer; what is written last is read last.
+        while not all("final/top1" in ask("plugin/scalars/tags").get(run, {}) for run in RUNS):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        yield ask
+
+
+def test_every_chart_and_picture_has_its_description(ask: Ask) -> None:
+    scalars, images = ask("plugin/scalars/tags"), ask("plugin/images/tags")
+    assert sorted(scalars) == sorted(images) == RUNS
+    for run in RUNS:
+        for tag, shown in {**scalars[run], **images[run]}.items():
+            assert shown["description"].startswith("<p>"), tag
+        assert {"train/loss", "train/lr", "train/gradient_norm", "test/top1", "rdp/learning_rows"} <= set(scalars[run])
+        assert set(images[run]) >= {"features/nodes", "features/similarity", "lesions"}
+    assert "Training loss" in scalars["rdp"]["train/loss"]["description"]
+    assert "In FREEZE steps alone. Training loss" in scalars["rdp"]["freeze/loss"]["description"]
+    assert "Every node" in images["rdp"]["features/nodes"]["description"] or TAGS["features/nodes"][:9] in str(images)
+
+
+def test_pictures_are_served_whole(ask: Ask) -> None:
+    samples = ask("plugin/images/images", run="rdp", tag="features/nodes", sample=0)
+    assert len(samples) >= 2  # the slider
+    assert all(sample["width"] > 300 and sample["height"] > 200 for sample in samples)
+
+
+def test_steps_are_optimizer_steps_on_every_axis(ask: Ask) -> None:
+    for tag in ("test/top1", "final/top1", "feature_reuse/reused"):
+        points = ask("plugin/scalars/scalars", run="rdp", tag=tag)
+        assert points[-1][1] == 4, tag  # 2 epochs of 512 points, 256 a step
+    assert 0 < ask("plugin/scalars/scalars", run="rdp", tag="test/top1")[-1][2] <= 100
+
+
+def test_settings_stand_beside_the_last_numbers(ask: Ask) -> None:
+    experiment = ask("plugin/hparams/experiment", post={"experimentName": "", "includeMetrics": True})
+    columns = {column["name"] for column in experiment["hparamInfos"]}
+    assert {"algorithm", "rate", "depth", "lr", "seed"} <= columns
+    metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+    assert {"final/top1", "final/relative_flops", "final/train_seconds", "final/reused"} <= set(metrics)
+    by_accuracy = {"metric": {"tag": "final/top1"}, "order": "ORDER_DESC"}
+    groups = ask(
+        "plugin/hparams/session_groups",
+        post={
+            "experimentName": "",
+            "allowedStatuses": ["STATUS_SUCCESS"],
+            "colParams": [by_accuracy],
+            "startIndex": 0,
+            "sliceSize": 10,
+        },
+    )["sessionGroups"]
+    values = [next(m["value"] for m in group["metricValues"] if m["name"]["tag"] == "final/top1") for group in groups]
+    assert sorted(group["hparams"]["algorithm"] for group in groups) == RUNS
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_layout_shows_the_charts_that_matter(ask: Ask) -> None:
+    layout = ask("plugin/custom_scalars/layout")
+    assert [category["title"] for category in layout["category"]] == ["Learning", "Residual DropPath", "Feature reuse"]
+    for category in layout["category"]:
+        for chart in category["chart"]:
+            for tag in chart["multiline"]["tag"]:
+                if "ema" in tag:
+                    continue  # of recipes with --ema
+                answer = ask("plugin/custom_scalars/scalars", run="rdp", tag=tag)
+                assert answer["regex_valid"]
+                assert answer["tag_to_events"], (chart["title"], tag)
+
+
+def test_the_texts_hold_the_settings_and_the_table_of_branches(ask: Ask) -> None:
+    texts = ask("plugin/text/tags")
+    assert set(texts["rdp"]) == {"about", "settings", "model"} or set(texts["rdp"]) == {
+        f"{name}/text_summary" for name in ("about", "settings", "model")
+    }
+    for name, content in {"settings": "batch_size", "model": "ResidualDropPath(ResidualMLP"}.items():
+        tag = next(tag for tag in texts["rdp"] if tag.startswith(name))
+        assert content in ask("plugin/text/text", run="rdp", tag=tag)[0]["text"]
+
+
+def test_reading_the_files_raises_no_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tags = EventAccumulator(str(folder / "rdp")).Reload().Tags()
+    assert {"train/loss", "features/nodes"} <= set(tags["tensors"])
+    assert not caplog.records
