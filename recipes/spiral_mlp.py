@@ -29,13 +29,10 @@ import tyro
 from engine import Range, RunError
 from engine.cost import image_flops, relative_flops
 from engine.errors import explained
-from engine.examine import similarity
-from engine.folder import write_json
 from engine.interrupt import Action, Interrupts
-from engine.one_process import load, open_run, save
+from engine.one_process import finish, load, open_run, save
 from engine.output import best_effort_output
 from engine.ranges import check_ranges
-from engine.records import tell_result
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
@@ -125,15 +122,13 @@ class ResidualMLP(nn.Module):
 
 @dataclass(frozen=True)
 class Result:
-    """What one training gave."""
+    """What one training gave: lesions are of the accuracy in percent, FLOPs of a step beside one of standard."""
 
     accuracy: float
     reuse: FeatureReuse
     lesions: Lesions
-    """Of the accuracy in percent."""
     seconds: float
     relative_flops: float
-    """Of a training step, beside one of standard training."""
 
 
 def train(algorithm: str, config: Config, folder: Path) -> Result:
@@ -147,16 +142,15 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
     model = ResidualMLP(config.depth, config.width).to(config.device)
     points, labels = (t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed))
     test_set = [t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed + 1)]
-    settings = ALGORITHMS[algorithm]
     first = points[: config.batch_size], labels[: config.batch_size]
     relative = relative_flops(model, engine.Config(algorithm=algorithm, rate=config.rate), *first)
     point_flops = image_flops(model, *first)
-    handle = rdp.attach(model, config.rate, seed=config.seed, example_inputs=points, **settings)
+    handle = rdp.attach(model, config.rate, seed=config.seed, example_inputs=points, **ALGORITHMS[algorithm])
     optimizer = handle.wrap(torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas))
     batches = max(len(points) // config.batch_size, 1)
     steps = config.epochs * batches
-    last_lr = 0.0 if config.anneal else config.lr
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=last_lr)
+    last = 0.0 if config.anneal else config.lr
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=last)
     parts = {"model": model, "optimizer": optimizer, "handle": handle, "schedule": schedule}
     values = {name: getattr(config, name) for name in ("depth", "width", "samples", "seed", "rate")}
     values |= {"algorithm": algorithm, "epoch": 0, "step": 0, "snapshots": {}}  # as tools/figures.py reads them
@@ -220,22 +214,11 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
         found = lesions(handle, lambda: 100 * test(model, *test_set), progress=False)
         panels.lesions(handle.step_count, found, metric="accuracy, %")
         result = Result(test(model, *test_set), feature_reuse(features), found, time.monotonic() - started, relative)
-        # As the other recipes leave them, for tools/figures.py compare.
-        numbers = {
-            "dataset": "spiral",
-            "model": f"mlp-{config.depth}x{config.width}",
-            "algorithm": algorithm,
-            "rate": config.rate,
-            "seed": config.seed,
-            "top1": 100 * result.accuracy,
-            "train_seconds": result.seconds,
-            "relative_flops": relative,
-            "flops": relative * point_flops * config.batch_size * steps,
-            "lesions": dataclasses.asdict(found),
-        }
-        write_json(folder / "similarity.json", similarity(features))
-        write_json(folder / "result.json", numbers)
-        tell_result(events, {**numbers, **result.reuse._asdict()}, handle.step_count)
+        numbers = {"dataset": "spiral", "model": f"mlp-{config.depth}x{config.width}", "algorithm": algorithm}
+        numbers |= {"seed": config.seed, "top1": 100 * result.accuracy, "lesions": dataclasses.asdict(found)}
+        numbers |= {"train_seconds": result.seconds, "relative_flops": relative}
+        numbers |= {"flops": relative * point_flops * config.batch_size * steps}
+        finish(folder, numbers, features, events, handle.step_count)
     return result
 
 
@@ -284,12 +267,9 @@ def report(results: dict[str, Result], config: Config, folder: Path) -> str:
             f"{algorithm:10}{r.accuracy:>14.2%}{lesioned:>12.2f}%{r.reuse.reused:>9.2f}{r.reuse.recreated:>11.2f}"
             f"{r.relative_flops:>8.2f}{r.seconds:>9.1f}"
         )
-    lines.append(
-        "(without one: mean accuracy without one of the branches, see docs/shallower.md and lesions.png; reused,"
-    )
-    lines.append("recreated: the two parts of the similarity between layers, see docs/feature_reuse.md; FLOPs: of a")
-    lines.append("step, beside standard training; seconds: of so small a network nearly all is overhead of calling")
-    lines.append("functions, which RDP adds to: what larger ones take is in docs/cost.md)\n")
+    lines.append("(without one: mean accuracy without one of the branches, see docs/shallower.md and lesions.png;")
+    lines.append("reused, recreated: the two parts of the similarity between layers, see docs/feature_reuse.md; FLOPs:")
+    lines.append("of a step, beside standard; seconds: nearly all overhead in so small a network, see docs/cost.md)\n")
     lines.append(f"Pictures    {folder}/*/*.png, such as {folder / next(iter(results)) / 'features_nodes.png'}")
     lines.append(f"TensorBoard {python} -m tensorboard.main --logdir {folder}, then open http://localhost:6006")
     return "\n".join(lines)

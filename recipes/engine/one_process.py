@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from engine.errors import RunError
+from engine.examine import similarity
 from engine.files import write_atomically
 from engine.folder import write_json
 from engine.lock import claim
+from engine.records import tell_result
 from engine.validate import require, require_count, require_keys
+from rdp.tensorboard import Events
 
 SettingsT = TypeVar("SettingsT")
 
@@ -111,3 +115,20 @@ def load(path: Path, parts: Mapping[str, Any], most: Mapping[str, float]) -> dic
         cause = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"{path} is damaged, remove it to start this algorithm again: {cause}") from error
     return state
+
+
+def finish(folder: Path, result: dict[str, Any], features: list[Tensor], events: Events, step: int) -> None:
+    """Leave what other recipes leave, for `tools/figures.py compare`, and tell TensorBoard.
+
+    Args:
+        folder: where result.json and similarity.json go.
+        result: the numbers of the run, and what it is.
+        features: of the input and the layers.
+        events: of the run.
+        step: optimizer steps done.
+    """
+    alike = similarity(features)
+    write_json(folder / "similarity.json", alike)
+    write_json(folder / "result.json", result)
+    reuse = {name: value for name, value in alike.items() if isinstance(value, float)}
+    tell_result(events, {**result, **reuse}, step)

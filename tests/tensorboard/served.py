@@ -1,4 +1,4 @@
-"""TensorBoard itself, on runs of the spiral recipe."""
+"""TensorBoard itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import spiral_mlp
-
-TINY = ["--depth", "3", "--width", "4", "--epochs", "2", "--samples", "512", "--pictures", "1"]
 RUNS = ["droppath", "rdp", "standard"]
-
-
-def write_runs(folder: Path) -> None:
-    """Train with all three algorithms, a second or so each."""
-    spiral_mlp.main(["--out", str(folder), *TINY])
 
 
 @contextlib.contextmanager

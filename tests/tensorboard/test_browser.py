@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import RUNS, tensorboard, write_runs
+from served import RUNS, tensorboard
 
 pytestmark = pytest.mark.slow
 
@@ -19,10 +19,8 @@ SCREENSHOTS = os.environ.get("RDP_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("board") / "runs"
-    write_runs(folder)
-    with tensorboard(folder) as address:  # as it is by default
+def address(spiral_runs: Path) -> Iterator[str]:
+    with tensorboard(spiral_runs / "0") as address:  # as it is by default
         yield address
 
 

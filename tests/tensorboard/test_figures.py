@@ -13,19 +13,9 @@ from PIL import Image
 
 from tools import figures
 
-TINY = ["--depth", "3", "--width", "10", "--epochs", "2", "--samples", "512", "--pictures", "2"]
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for seed in range(2):
-        spiral_mlp.main([*TINY, "--seed", str(seed), "--out", str(folder / str(seed))])
-    return folder
-
-
-def test_figures_1_to_4(run: Path, tmp_path: Path) -> None:
-    figures.draw(run / "0" / "rdp" / "checkpoint.pt", tmp_path)
+def test_figures_1_to_4(spiral_runs: Path, tmp_path: Path) -> None:
+    figures.draw(spiral_runs / "0" / "rdp" / "checkpoint.pt", tmp_path)
     sizes = {}
     for number in range(1, 5):
         with Image.open(tmp_path / f"figure{number}.png") as image:
@@ -35,8 +25,8 @@ def test_figures_1_to_4(run: Path, tmp_path: Path) -> None:
     assert sizes[4][1] > 2 * 300  # a film strip
 
 
-def test_the_film_shows_training_from_the_start(run: Path) -> None:
-    checkpoint = figures.load(run / "0" / "rdp" / "checkpoint.pt")
+def test_the_film_shows_training_from_the_start(spiral_runs: Path) -> None:
+    checkpoint = figures.load(spiral_runs / "0" / "rdp" / "checkpoint.pt")
     assert list(checkpoint["snapshots"]) == [0, 1]
     torch.manual_seed(0)
     untrained = spiral_mlp.ResidualMLP(3, 10).state_dict()
@@ -44,11 +34,11 @@ def test_the_film_shows_training_from_the_start(run: Path) -> None:
         assert torch.equal(checkpoint["snapshots"][0][name], value)
 
 
-def test_runs_are_compared_over_seeds(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures.compare((run / "0", run / "1"), tmp_path)
+def test_runs_are_compared_over_seeds(spiral_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures.compare((spiral_runs / "0", spiral_runs / "1"), tmp_path)
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [("standard", "2"), ("droppath", "2"), ("rdp", "2")]
-    results = [json.loads((run / seed / "rdp" / "result.json").read_text()) for seed in "01"]
+    results = [json.loads((spiral_runs / seed / "rdp" / "result.json").read_text()) for seed in "01"]
     values = torch.tensor([result["top1"] for result in results])
     assert rows[2][3].strip() == f"{values.mean():.2f} ± {values.std():.2f}"
     with Image.open(tmp_path / "comparison.png") as image:
@@ -56,7 +46,7 @@ def test_runs_are_compared_over_seeds(run: Path, tmp_path: Path, capsys: pytest.
     before = (tmp_path / "comparison.pdf").read_bytes()
     assert b"/CIDFontType2" in before  # letters, not curves
     assert b"/Subtype /Image" not in before
-    figures.compare((run,), tmp_path)  # the same runs, by the folder above them
+    figures.compare((spiral_runs,), tmp_path)  # the same runs, by the folder above them
     assert (tmp_path / "comparison.pdf").read_bytes() == before
 
 
@@ -88,8 +78,8 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
     assert [t.get_text() for t in figure.legends[0].get_texts()] == list(groups)
 
 
-def test_figures_show_what_was_measured(run: Path) -> None:
-    groups = comparison.grouped(comparison.read_runs((run,)))
+def test_figures_show_what_was_measured(spiral_runs: Path) -> None:
+    groups = comparison.grouped(comparison.read_runs((spiral_runs,)))
     near, cut, right, cost = comparison.comparison_figure(groups).axes
     for place, (name, runs) in enumerate(groups.items()):
         cka = torch.tensor([r.similarity["cka"] for r in runs])
@@ -100,7 +90,7 @@ def test_figures_show_what_was_measured(run: Path) -> None:
         assert list(cost.lines[2 * place].get_xdata()) == [r.result["relative_flops"] for r in runs]
 
 
-def test_what_cannot_be_compared_is_said_in_one_sentence(tmp_path: Path, run: Path) -> None:
+def test_what_cannot_be_compared_is_said_in_one_sentence(tmp_path: Path, spiral_runs: Path) -> None:
     one, two = left(tmp_path / "one"), left(tmp_path / "two")
     wrong = {
         "is no folder": (tmp_path / "missing",),
@@ -122,7 +112,7 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(tmp_path: Path, run: Pa
         assert "\n" not in str(told.value)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"cannot write to .*file: File exists"):
-        figures.compare((run,), tmp_path / "file")
+        figures.compare((spiral_runs,), tmp_path / "file")
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
