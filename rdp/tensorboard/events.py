@@ -20,7 +20,15 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto  # type: ignore[impo
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # type: ignore[import-untyped]
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING  # type: ignore[import-untyped]
 from tensorboard.plugins.hparams import metadata as hparams  # type: ignore[import-untyped]
-from tensorboard.plugins.hparams.api_pb2 import Status  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.api_pb2 import (  # type: ignore[import-untyped]
+    DATA_TYPE_BOOL,
+    DATA_TYPE_FLOAT64,
+    DATA_TYPE_STRING,
+    Experiment,
+    MetricInfo,
+    MetricName,
+    Status,
+)
 from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import-untyped]
     HParamsPluginData,
     SessionEndInfo,
@@ -36,7 +44,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rdp.errors import ArgumentError
 from rdp.tensorboard.colors import Image
-from rdp.tensorboard.tags import LAYOUT, describe
+from rdp.tensorboard.tags import LAYOUT, SORTED_BY, describe
 
 Log = Callable[[int, Mapping[str, float], Mapping[str, Image]], None]
 """Takes a step, numbers by tag and pictures by tag, and keeps them: TensorBoard, Weights & Biases, MLflow, a list."""
@@ -84,16 +92,20 @@ class Events:
         """
         rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
         self.text("settings", f"| setting | value |\n|---|---|\n{rows}")
+        # TensorBoard takes its columns from the first run that it finds; left to itself, it makes one of every scalar.
+        columns = Experiment(metric_infos=[MetricInfo(name=MetricName(tag=tag)) for tag in SORTED_BY])
         info = SessionStartInfo(start_time_secs=time.time())
         for name, value in settings.items():
-            # No experiment is written besides: TensorBoard takes the first that it finds, and so of runs of other
-            # settings would show no columns. Without one it makes them of all runs' settings and scalars.
+            if value is None:
+                continue
             if isinstance(value, bool):
-                info.hparams[name].bool_value = value
+                kind, info.hparams[name].bool_value = DATA_TYPE_BOOL, value
             elif isinstance(value, (int, float)):
-                info.hparams[name].number_value = value
-            elif value is not None:
-                info.hparams[name].string_value = str(value)
+                kind, info.hparams[name].number_value = DATA_TYPE_FLOAT64, value
+            else:
+                kind, info.hparams[name].string_value = DATA_TYPE_STRING, str(value)
+            columns.hparam_infos.add(name=name, type=kind)
+        self._hparams(hparams.EXPERIMENT_TAG, HParamsPluginData(experiment=columns))
         self._hparams(hparams.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=info))
 
     def finished(self) -> None:

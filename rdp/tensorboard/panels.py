@@ -29,20 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ABOUT = """
-**Feature reuse, seen.** Each run is one training; compare runs by selecting several on the left.
-
-* *Custom Scalars* has the charts that matter, together where they belong together; *HParams* the settings, sortable by
-  the last numbers. Every step is an optimizer step, every share is in percent.
-* `features/nodes`: what every node computes, layer by layer. Move the slider to replay training; tick *Show actual
-  image size* to read the small print.
-* `features/similarity`: each layer against the input, and against each other layer.
-* `feature_reuse`: that picture as two numbers. *Reused* is similarity that all layers in between carry, *recreated*
-  similarity that was lost on the way and came back. `rdp/analysis/reuse.py` defines them.
-* `lesions`: what each branch is worth, if the training loop measures it.
-* `train` and `rdp`: numbers that can be compared between algorithms. `drop` and `freeze`: the same by phase.
-"""
-
 
 class Panels:
     """Scalars and pictures of an attached model, for any training loop.
@@ -102,7 +88,6 @@ class Panels:
         self.inputs = inputs
         self._write: Log = log_dir if callable(log_dir) else Events(log_dir)
         if isinstance(self._write, Events):
-            self._write.text("about", _ABOUT)
             self._write.layout()
             if settings is not None:
                 self._write.settings(settings)

@@ -45,7 +45,7 @@ def test_every_tab_opens_without_an_error(browser: Any, address: str, scale: int
         "timeseries": "train/loss",
         "custom_scalars": "Learning",
         "images": "features/nodes",
-        "hparams": "final/top1",
+        "hparams": "test/top1",
         "text": "settings",
     }
     for tab, text in seen.items():

@@ -78,7 +78,7 @@ def test_everything_is_written_with_a_description(tmp_path: Path) -> None:
     written = events(tmp_path)
     by_phase = {f"{phase}/{name}" for phase in ("drop", "freeze") for name in BY_PHASE}
     assert set(written) - by_phase == {
-        "about/text_summary", "model/text_summary", "custom_scalars__config__",
+        "model/text_summary", "custom_scalars__config__",
         "features/nodes", "features/similarity", "training/overview", "feature_reuse/reused",
         "feature_reuse/recreated", "train/loss", "train/gradient_norm", "test/accuracy", "rdp/rate",
         "rdp/learning_rows", "rdp/frozen_parameters",
