@@ -109,7 +109,7 @@ def grouped(runs: Sequence[Run]) -> Groups:
     differing = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
     order = ["standard", "droppath", "rdp"]
     groups: Groups = defaultdict(list)
-    for run in sorted(runs, key=lambda r: (order.index(r.result["algorithm"]), r.result["seed"])):
+    for run in sorted(runs, key=lambda run: run.result["seed"]):
         # What differs only between algorithms says nothing besides them.
         same = [r for r in runs if r.result["algorithm"] == run.result["algorithm"]]
         told = [n for n in differing if n in ("dataset", "model") or len({r.settings.get(n) for r in same}) > 1]
@@ -117,7 +117,7 @@ def grouped(runs: Sequence[Run]) -> Groups:
         if twin := next((r for r in groups[label] if r.result["seed"] == run.result["seed"]), None):
             raise SystemExit(f"{twin.path} and {run.path} have the same settings and seed: leave one of them out")
         groups[label].append(run)
-    return dict(groups)
+    return dict(sorted(groups.items(), key=lambda group: (order.index(group[1][0].result["algorithm"]), group[0])))
 
 
 def table(groups: Groups) -> str:

@@ -26,6 +26,7 @@ def tensorboard(folder: Path, *options: str) -> Iterator[str]:
             for line in server.stderr:
                 said.append(line)
                 if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                    stop.cancel()
                     yield found[0]
                     return
             raise AssertionError(f"TensorBoard did not start: {''.join(said)}")

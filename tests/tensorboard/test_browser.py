@@ -42,7 +42,7 @@ def test_every_tab_opens_without_an_error(browser: Any, address: str, scale: int
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     seen = {
-        "timeseries": "train/loss",
+        "timeseries": "drop/loss",
         "custom_scalars": "Learning",
         "images": "features/nodes",
         "hparams": "test/top1",
