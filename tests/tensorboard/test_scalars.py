@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +12,11 @@ from torch import Tensor, nn
 
 import rdp
 from rdp.tensorboard import Image, Panels
+from rdp.tensorboard.tags import BY_PHASE, TAGS
 
 Phase = rdp.Phase
 PHASES = {"standard": (Phase.PLAIN,), "droppath": (Phase.DROP,), "rdp": (Phase.DROP, Phase.FREEZE)}
 PHASES["long"] = (Phase.DROP, Phase.FREEZE, Phase.FREEZE, Phase.PLAIN)
-
-
-TAGS = ("train/loss", "train/gradient_norm", "rdp/learning_rows", "rdp/frozen_parameters")
 
 
 class Residual(nn.Module):
@@ -143,3 +142,9 @@ def test_nothing_is_read_or_drawn_between_points(monkeypatch: pytest.MonkeyPatch
         with pytest.raises((RuntimeError, NotImplementedError)):
             step(unread)  # a point is due
     assert drawn == [0]
+
+
+def test_the_documents_list_every_tag() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    assert [tag for tag in TAGS if f"`{tag}`" not in text] == []
+    assert all(tag in TAGS for tag in BY_PHASE)
