@@ -54,8 +54,10 @@ LAYOUT = {
 }
 """Categories of the Custom Scalars tab, the charts of each, and their tags as regular expressions."""
 
-SORTED_BY = ("test/top1", "test/loss", "train/loss", "feature_reuse/reused", "final/relative_flops")
-SORTED_BY += ("final/train_seconds",)
+SORTED_BY = (
+    *("test/top1", "test/loss", "train/loss", "feature_reuse/reused"),
+    *("final/relative_flops", "final/train_seconds"),
+)
 """Whose last values are columns of the HParams tab."""
 
 
