@@ -1,6 +1,7 @@
 """Time the pictures of a 32 x 32 residual MLP on one CPU core, beside drawing the same with one matplotlib Axes a node.
 
     python tools/benchmark_panels.py
+    python tools/benchmark_panels.py --repetitions 1
 
 Prints the best of several repetitions. The naive panel is drawn for 4 of the 33 columns and scaled up: the time of
 matplotlib grows with the number of Axes.
@@ -13,13 +14,14 @@ from collections.abc import Callable
 
 import matplotlib
 import torch
+import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import rdp
 from rdp.analysis import cka_matrix, cosine_matrix, distance_matrix, extract_features, grid, spiral
-from rdp.tensorboard import Layer, feature_panel, node_maps, similarity_panel
+from rdp.tensorboard import Layer, feature_panel, node_maps, png, similarity_panel
 from rdp.tensorboard.colors import SIGNED
 
 DEPTH = WIDTH = 32
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         return x
 
 
-def best_seconds(work: Callable[[], object], repetitions: int = 5) -> float:
+def best_seconds(work: Callable[[], object], repetitions: int) -> float:
     """The least CPU time, which other processes on the machine hardly disturb."""
     times = []
     for _ in range(repetitions):
@@ -73,8 +75,12 @@ def naive_panel(layers: list[Layer], points: Tensor, labels: Tensor) -> None:
     FigureCanvasAgg(figure).draw()
 
 
-def main() -> None:
-    """Print the table."""
+def main(repetitions: int = 5) -> None:
+    """Time the pictures of a 32 x 32 residual MLP on one CPU core.
+
+    Args:
+        repetitions: Of each picture; the best is printed.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, probe = MLP(), grid(GRID)
@@ -91,26 +97,29 @@ def main() -> None:
         for compare in (distance_matrix, cosine_matrix, cka_matrix):
             compare(found)
 
+    def sample() -> None:
+        png(feature_panel(layers, points=points, labels=labels))
+
     def whole() -> None:
-        feature_panel(layers, points=points, labels=labels, max_layers=None, max_nodes=None)
+        png(feature_panel(layers, points=points, labels=labels, max_layers=None, max_nodes=None))
 
     naive = best_seconds(lambda: naive_panel(layers[:NAIVE_COLUMNS], points, labels), 1)
     naive *= len(layers) / NAIVE_COLUMNS
     rows = [
-        ("features and similarity", best_seconds(analyse), 0.2),
-        ("feature panel, 6 x 6 nodes", best_seconds(lambda: feature_panel(layers, points=points, labels=labels)), 1.0),
-        ("feature panel, 32 x 65 cells", best_seconds(whole), 3.0),
-        ("similarity panel", best_seconds(lambda: similarity_panel(features)), 1.0),
+        ("features and similarity", best_seconds(analyse, repetitions), 0.2),
+        ("feature panel, 8 x 6 nodes, PNG", best_seconds(sample, repetitions), 1.0),
+        ("feature panel, 32 x 65, PNG", best_seconds(whole, repetitions), 3.0),
+        ("similarity panel", best_seconds(lambda: similarity_panel(features), repetitions), 1.0),
     ]
     print(f"torch {torch.__version__}, matplotlib {matplotlib.__version__}, one thread, CPU time")
-    print(f"{'':30}{'seconds':>9}{'target':>9}{'naive / this':>14}")
+    print(f"{'':32}{'seconds':>9}{'target':>9}{'naive / this':>14}")
     for name, seconds, target in rows:
         ratio = f"{naive / seconds:.0f}" if "32 x 65" in name else "-"
-        print(f"{name:30}{seconds:>9.3f}{target:>9.1f}{ratio:>14}")
+        print(f"{name:32}{seconds:>9.3f}{target:>9.1f}{ratio:>14}")
     print(
-        f"{'32 x 65, one Axes a node':30}{naive:>9.1f}{'':>9}{1:>14}   (from {NAIVE_COLUMNS} of {len(layers)} columns)"
+        f"{'32 x 65, one Axes a node':32}{naive:>9.1f}{'':>9}{1:>14}   (from {NAIVE_COLUMNS} of {len(layers)} columns)"
     )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

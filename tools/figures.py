@@ -2,12 +2,14 @@
 
     python tools/figures.py draw runs/spiral_mlp/DATE/standard/checkpoint.pt --out figures
     python tools/figures.py compare runs/spiral_mlp/* --out figures
+    python tools/figures.py pictures results/mnist10k/resnet18/rdp-row-0.1/seed-0 --out figures
     python tools/figures.py compare results/mnist10k/resnet18/standard results/mnist10k/resnet18/rdp-row-0.1
 
-`draw` writes figure1.png (every layer and node), figure2.png (the same, sampled to 6 of each, readable at a glance),
-figure3.png (similarity of layers) and figure4.png (features over training). `compare` prints a table, accuracy, feature
-reuse and cost as mean and standard deviation over seeds, and draws similarity, lesions, accuracy and cost into one
-figure, comparison.png and comparison.pdf.
+`draw` writes figure1.png (every layer and node), figure2.png (the same, at most 8 layers and 6 nodes, readable at a
+glance), figure3.png (similarity of layers) and figure4.png (figure2 over training, with one colour scale). `compare`
+prints a table, accuracy, feature reuse and cost as mean and standard deviation over seeds, and draws similarity,
+lesions, accuracy and cost into one figure, comparison.png and comparison.pdf. `pictures` writes what TensorBoard
+shows last.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import project_paths  # noqa: F401
 import torch
 import tyro
 from comparison import comparison_figure, grouped, read_runs, save, table
 from spiral_mlp import GRID, ResidualMLP
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 
 import rdp
 from rdp.analysis import extract_features, grid, spiral
-from rdp.tensorboard import Image, Layer, feature_panel, node_maps, png, similarity_panel
+from rdp.tensorboard import Image, Layer, feature_film, feature_panel, layer_of, png, similarity_panel
 
 Checkpoint = dict[str, Any]
 
@@ -50,15 +52,15 @@ def features_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> tuple[Resid
         return model, list(extract_features(handle, grid(GRID)).values())
 
 
-def nodes_picture(
-    checkpoint: Checkpoint, state: dict[str, Tensor], title: str, max_layers: int | None, max_nodes: int | None
-) -> Image:
-    """The feature panel of the network with the given parameters."""
+def layers_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[Layer]:
+    """The layers of the feature panel of the network with the given parameters."""
     model, features = features_of(checkpoint, state)
     weights = [None, *(layer[0].weight for layer in model.layers)]
-    layers = [Layer(node_maps(values, GRID), weight) for values, weight in zip(features, weights, strict=True)]
-    points, labels = spiral(checkpoint["samples"], seed=2 * checkpoint["seed"])
-    return feature_panel(layers, title=title, points=points, labels=labels, max_layers=max_layers, max_nodes=max_nodes)
+    names = ["input", *[""] * len(model.layers)]
+    return [
+        layer_of(values, GRID, weights=weight, name=name)
+        for values, weight, name in zip(features, weights, names, strict=True)
+    ]
 
 
 def draw(checkpoint: tyro.conf.Positional[Path], out: Path = Path("figures")) -> None:
@@ -73,12 +75,18 @@ def draw(checkpoint: tyro.conf.Positional[Path], out: Path = Path("figures")) ->
     moments = {**state["snapshots"], state["epoch"]: state["model"]}
     shown = sorted(moments)[:: max(len(moments) // 4, 1)][:4]
     shown = sorted({*shown[:3], max(moments)})
-    films = [nodes_picture(state, moments[epoch], f"{state['algorithm']}, epoch {epoch}", 6, 2) for epoch in shown]
+    points, labels = spiral(state["samples"], seed=2 * state["seed"])
+    layers = layers_of(state, state["model"])
     pictures = {
-        "figure1": nodes_picture(state, state["model"], name, None, None),
-        "figure2": nodes_picture(state, state["model"], name, 6, 6),
+        "figure1": feature_panel(layers, title=name, points=points, labels=labels, max_layers=None, max_nodes=None),
+        "figure2": feature_panel(layers, title=name, points=points, labels=labels),
         "figure3": similarity_panel(features_of(state, state["model"])[1], title=name),
-        "figure4": np.concatenate(films),
+        "figure4": feature_film(
+            {f"epoch {epoch}": layers_of(state, moments[epoch]) for epoch in shown},
+            title=f"{state['algorithm']}, depth {state['depth']}, over training",
+            points=points,
+            labels=labels,
+        ),
     }
     write(pictures, out)
 
@@ -105,6 +113,27 @@ def compare(
         raise SystemExit(f"cannot write to {out}: {error.strerror}") from error
 
 
+def pictures(run: tyro.conf.Positional[Path], out: Path = Path("figures")) -> None:
+    """Write the latest pictures of a TensorBoard run as PNG files.
+
+    Args:
+        run: A folder with events, or one above it.
+        out: Folder for the pictures.
+    """
+    latest = {}
+    for path in sorted(run.rglob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "images" or value.tag in latest:
+                    latest[value.tag] = value.tensor.string_val[-1]
+    if not latest:
+        raise SystemExit(f"no pictures in the events of {run}: train with --panels")
+    out.mkdir(parents=True, exist_ok=True)
+    for tag, content in latest.items():
+        (path := out / f"{tag.replace('/', '_')}.png").write_bytes(content)
+        print(path)
+
+
 def write(pictures: dict[str, Image], out: Path) -> None:
     """Write PNG files and say where."""
     try:
@@ -117,4 +146,4 @@ def write(pictures: dict[str, Image], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"draw": draw, "compare": compare}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"draw": draw, "compare": compare, "pictures": pictures}, description=__doc__)

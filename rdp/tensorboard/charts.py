@@ -1,15 +1,12 @@
-"""Curves and heatmaps: how alike the layers are (the paper's Figure 3), and how training went."""
+"""Curves and heatmaps: how alike the layers are (the paper's Figure 3), and what branches are worth."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -18,19 +15,21 @@ from rdp.analysis.lesions import Lesions
 from rdp.analysis.reuse import feature_reuse
 from rdp.analysis.similarity import cka_matrix, cosine_matrix, distance_matrix
 from rdp.tensorboard.colors import LINES, MAGNITUDE, UNDEFINED, Image
+from rdp.tensorboard.plots import figure, headed, pixels, style, whole_numbers
 
-_TEXT: dict[Any, Any] = {"font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False}
 
-
-def similarity_panel(features: Sequence[Tensor], *, title: str = "How alike are the layers?") -> Image:
-    """Draw each layer against the input (curves) and against each other layer (heatmaps).
+def similarity_panel(
+    features: Sequence[Tensor], *, title: str = "How alike are the layers?", enters: str = "input"
+) -> Image:
+    """Draw each layer against the first (curves) and against each other layer (heatmaps).
 
     Args:
-        features: The input and N layers, each `Tensor[N, ...]`, as `extract_features` gives them.
+        features: What enters the first layer and N layers, each `Tensor[N, ...]`, as `extract_features` gives them.
         title: First line of the image.
+        enters: What the first of them is: the network's input, or the output of its stem.
 
     Returns:
-        The image, `uint8[580, 700, 3]`. On the left Euclidean distance, on the right linear CKA and cosine. Grey
+        The image, `uint8[1240, 1400, 3]`. On the left Euclidean distance, on the right linear CKA and cosine. Grey
         marks pairs that cannot be compared: distance and cosine need layers of equal shape.
 
     Raises:
@@ -40,27 +39,27 @@ def similarity_panel(features: Sequence[Tensor], *, title: str = "How alike are 
     cosine = cosine_matrix(features).numpy()
     cka = cka_matrix(features).numpy()
     layers = np.arange(len(features))
-    with matplotlib.rc_context(_TEXT):
-        figure = _figure(title=f"{title}   {_reuse(features)}")
-        (far, near), (distances, similarities) = figure.subplots(2, 2, height_ratios=[2, 3])
+    with style():
+        made = figure(f"{title}   {_reuse(features)}", height=6.2)
+        (far, near), (distances, similarities) = made.subplots(2, 2, height_ratios=[2, 3])
         far.plot(layers, distance[0], color=LINES[0], marker="o", markersize=4)
-        far.set(title="Distance to the input", ylim=(0, None), xlim=(0, len(layers) - 1))
         near.plot(layers, cka[0], color=LINES[0], marker="o", markersize=4, label="CKA")
         near.plot(layers, cosine[0], color=LINES[1], marker="s", markersize=4, linestyle="--", label="cosine")
         low = min(0.0, float(np.nanmin([cka[0], cosine[0]])))
-        near.set(title="Similarity to the input", ylim=(low - 0.03, 1.4), xlim=(0, len(layers) - 1))
-        near.set_yticks([tick for tick in (-1, -0.5, 0, 0.5, 1) if tick >= low])
-        near.legend(frameon=False, ncols=2, loc="upper right", borderaxespad=0)
-        _heatmap(figure, distances, distance, "Distance, all pairs", None)
-        _heatmap(figure, similarities, cka, "CKA, all pairs", 1.0)
+        near.set(ylim=(low - 0.03, 1.05))
+        far.set(ylim=(0, None))
+        headed(far, f"Distance to the {enters}")
+        headed(near, f"Similarity to the {enters}")
+        _heatmap(made, distances, distance, "Distance of two layers", None)
+        _heatmap(made, similarities, cka, "CKA of two layers", 1.0)
         for axes in (far, near):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set(xlim=(-0.3, len(layers) - 0.7))
+        whole_numbers(far, near)
         for axes in (distances, similarities):
-            axes.set(xlabel="layer (0: input)")
+            axes.set(xlabel=f"layer (0: {enters})", ylabel="layer")
         if np.isnan(distance).any():
-            far.set_title("Distance to the input")
             distances.set_title("Distance (grey: shapes differ)")
-        return _pixels(figure)
+        return pixels(made)
 
 
 def comparison_panel(
@@ -74,11 +73,11 @@ def comparison_panel(
         title: First line of the image.
 
     Returns:
-        The image, `uint8[340, 700, 3]`: means over runs, and bands from the lowest to the highest run.
+        The image, `uint8[720, 1400, 3]`: means over runs, and bands from the lowest to the highest run.
     """
-    with matplotlib.rc_context(_TEXT):
-        figure = _figure(title, height=3.4)
-        far, near = figure.subplots(1, 2)
+    with style():
+        made = figure(title, height=3.6)
+        far, near = made.subplots(1, 2)
         for axes, curves in ((far, distances), (near, similarities)):
             for color, marker, (name, runs) in zip(LINES, "os^v", curves.items(), strict=False):
                 mean, low, high = runs.mean(dim=0).numpy(), runs.amin(dim=0).numpy(), runs.amax(dim=0).numpy()
@@ -87,11 +86,12 @@ def comparison_panel(
                 axes.plot(layers, mean, color=color, marker=marker, markevery=every, markersize=5, label=name)
                 axes.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
             axes.set(xlabel="layer (0 is the input)", xlim=(0, len(layers) - 1))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        far.set(title="Distance to the input", yscale="symlog", ylim=(0, None))
-        near.set(title="CKA with the input", ylim=(-0.03, 1.03))
-        near.legend(edgecolor="none", framealpha=0.8)
-        return _pixels(figure)
+        whole_numbers(far, near)
+        far.set(yscale="symlog", ylim=(0, None))
+        near.set(ylim=(-0.03, 1.03))
+        headed(far, "Distance to the input")
+        headed(near, "CKA with the input")
+        return pixels(made)
 
 
 def lesion_panel(
@@ -109,121 +109,57 @@ def lesion_panel(
         metric: Its name.
 
     Returns:
-        The image, `uint8[340, 700, 3]`: means over runs; bands reach from the lowest to the highest one.
+        The image, `uint8[720, 1400, 3]`: means over runs; bands reach from the lowest to the highest one.
     """
     named = {"": results} if isinstance(results, Lesions) else results
     runs = {name: [each] if isinstance(each, Lesions) else list(each) for name, each in named.items()}
-    with matplotlib.rc_context(_TEXT):
-        figure = _figure(title, height=3.4)
-        bars, curves = figure.subplots(1, 2)
-        for place, (color, (name, each)) in enumerate(zip(LINES, runs.items(), strict=False)):
-            worth = np.mean([[lesion.worth for lesion in result.table] for result in each], axis=0)
-            count, width = len(worth), 0.8 / len(runs)
-            bars.bar(np.arange(count) + 1 + width * (place - (len(runs) - 1) / 2), worth, width, color=color)
+    with style():
+        made = figure(title, height=3.6)
+        bars, curves = made.subplots(1, 2)
+        worth_bars(bars, runs)
+        for color, (name, each) in zip(LINES, runs.items(), strict=False):
+            count = len(each[0].table)
             ways = [
-                (name or "worth least first", "-", [result.least for result in each]),
-                ("_" if name else "at random", "--", [_means(result.random) for result in each]),
+                ("least first" if not name else "_", "-", [result.least for result in each]),
+                ("at random" if not name else "_", "--", [_means(result.random) for result in each]),
             ]
-            for label, style, by_number in ways:
+            for label, style_, by_number in ways:
                 kept = [count - number for number in by_number[0]]
                 values = np.array([list(one.values()) for one in by_number])
                 if values.size:
-                    curves.plot(kept, values.mean(0), style, color=color, label=label, marker=".", linewidth=1.5)
+                    curves.plot(kept, values.mean(0), style_, color=color, label=label, marker=".", linewidth=1.5)
                     curves.fill_between(kept, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
-        bars.axhline(0, color="black", linewidth=0.8)
-        bars.set(title=f"{metric} lost without it", xlabel="branch, in forward order")
-        dashed = " (dashed: random)" if "" not in runs else ""
-        curves.set(title=f"{metric} left{dashed}", xlabel="branches kept", xlim=(count + 0.3, -0.3))
-        for axes in (bars, curves):
-            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        curves.legend(edgecolor="none", framealpha=0.8, fontsize=10)
-        return _pixels(figure)
+        curves.set(xlabel="branches kept", xlim=(count + 0.3, -0.3))
+        whole_numbers(bars, curves)
+        headed(bars, f"{metric} lost without it")
+        headed(curves, f"{metric} left" + (" (dashed: at random)" if "" not in runs else ""))
+        return pixels(made)
+
+
+def worth_bars(axes: Axes, runs: Mapping[str, Sequence[Lesions]]) -> None:
+    """What each branch is worth, the mean over runs, side by side for several names."""
+    for place, (color, each) in enumerate(zip(LINES, runs.values(), strict=False)):
+        worth = np.mean([[lesion.worth for lesion in result.table] for result in each], axis=0)
+        width = 0.8 / len(runs)
+        places = np.arange(len(worth)) + 1 + width * (place - (len(runs) - 1) / 2)
+        axes.bar(places, worth, width, color=color)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="branch, in forward order")
 
 
 def _means(drawn: Mapping[int, Sequence[float]]) -> dict[int, float]:
     return {number: float(np.mean(values)) for number, values in drawn.items()}
 
 
-Curves = dict[str, list[tuple[int, float]]]
-"""(step, value) by label."""
-
-
-@dataclass
-class History:
-    """What the training panel shows."""
-
-    gradient_norm: Curves = field(default_factory=dict)
-    """By phase."""
-    live: Curves = field(default_factory=dict)
-    """Number of parameters that may move, by phase."""
-    frozen: Curves = field(default_factory=dict)
-    """Number of parameters that may not, by phase."""
-    metrics: Curves = field(default_factory=dict)
-    """By name."""
-
-
-def training_panel(
-    rates: Sequence[float], dropped: Sequence[float], history: History, *, title: str = "Training"
-) -> Image:
-    """Draw drops by branch, gradient norm by phase, live and frozen parameters, and metrics over steps.
-
-    Args:
-        rates: Drop rate of each branch in the same time.
-        dropped: Fraction of rows that were dropped, by branch.
-        history: The curves.
-        title: First line of the image.
-
-    Returns:
-        The image, `uint8[580, 700, 3]`.
-    """
-    with matplotlib.rc_context(_TEXT):
-        figure = _figure(title)
-        (drops, gradients), (parameters, metrics) = figure.subplots(2, 2)
-        branches = np.arange(1, len(rates) + 1)
-        drops.bar(branches, dropped, color=LINES[0], label="dropped")
-        drops.step(branches, rates, where="mid", color=LINES[1], label="rate")
-        drops.set(title="Rows dropped", xlabel="branch", ylim=(0, max(1.3 * max([*rates, *dropped]), 0.01)))
-        drops.yaxis.set_major_formatter("{x:.0%}" if max([*rates, *dropped]) >= 0.05 else "{x:.1%}")
-        drops.xaxis.set_major_locator(MaxNLocator(integer=True))
-        drops.legend(edgecolor="none", framealpha=0.8, loc="upper left")
-        _curves(gradients, history.gradient_norm)
-        gradients.set(title="Gradient norm", xlabel="step", yscale="log")
-        _curves(parameters, history.live)
-        _curves(parameters, {f"_{phase}": curve for phase, curve in history.frozen.items()}, "--")
-        parameters.set(title="Parameters: live, frozen (dashed)", xlabel="step", ylim=(0, None))
-        _curves(metrics, history.metrics)
-        metrics.set(title="Metrics", xlabel="step")
-        for axes in (gradients, parameters, metrics):
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            if axes.lines:
-                axes.legend(edgecolor="none", framealpha=0.8)
-        return _pixels(figure)
-
-
-def _figure(title: str, height: float = 5.8) -> Figure:
-    figure = Figure(figsize=(7, height), dpi=100)
-    # Fixed margins: matplotlib's automatic layouts draw everything twice.
-    margins = {"bottom": 0.6 / height, "top": 1 - 0.85 / height}
-    figure.subplots_adjust(left=0.1, right=0.92, wspace=0.34, hspace=0.5, **margins)
-    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, y=1 - 0.12 / height, ha="left", va="top")
-    return figure
-
-
-def _curves(axes: Axes, curves: Curves, style: str = "-") -> None:
-    for color, (label, curve) in zip(LINES, curves.items(), strict=False):
-        steps, values = zip(*curve, strict=True)
-        marker = "o" if len(steps) == 1 else ""
-        axes.plot(steps, values, color=color, label=label, linestyle=style, marker=marker, linewidth=1.5)
-
-
-def _heatmap(figure: Figure, axes: Axes, values: Any, title: str, highest: float | None) -> None:
+def _heatmap(made: Figure, axes: Axes, values: Any, title: str, highest: float | None) -> None:
     axes.set_facecolor(UNDEFINED)
+    axes.grid(visible=False)
     # From 0, so that the colour of a pair does not depend on the other pairs any more than it must.
     image = axes.imshow(values, cmap=MAGNITUDE, vmin=0, vmax=highest, interpolation="nearest")
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.colorbar(image, ax=axes, fraction=0.046)
+    made.colorbar(image, ax=axes, fraction=0.046)
 
 
 def _reuse(features: Sequence[Tensor]) -> str:
@@ -231,10 +167,3 @@ def _reuse(features: Sequence[Tensor]) -> str:
         return ""  # no two layers can be compared
     score = feature_reuse(features)
     return f"reused {score.reused:.2f}, recreated {score.recreated:.2f}"
-
-
-def _pixels(figure: Figure) -> Image:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    pixels: Image = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
-    return pixels

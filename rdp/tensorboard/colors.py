@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,8 @@ class SignedScale:
     def of(values: npt.NDArray[np.floating], orders: float = 3) -> SignedScale:
         """The scale that is linear for the smallest tenth of the nonzero values and saturated for the largest 1 %.
 
+        Both limits are round numbers, so that pictures of one training mostly share their scale.
+
         Args:
             values: Any shape.
             orders: Factors of ten that the logarithmic part spans at most.
@@ -57,7 +60,8 @@ class SignedScale:
         if not magnitudes.size:
             return SignedScale(1.0, 1.0)
         low, high = np.quantile(magnitudes, (0.1, 0.99)).tolist()
-        return SignedScale(high, max(low, high / 10**orders))
+        limit = rounded(high)
+        return SignedScale(limit, min(max(rounded(low), limit / 10**orders), limit))
 
     def positions(self, values: Floats) -> Floats:
         """Map values to [-1, 1]."""
@@ -68,6 +72,12 @@ class SignedScale:
     def value(self, position: float) -> float:
         """The value that lies at a position in [-1, 1]."""
         return float(np.sinh(position * np.arcsinh(self.limit / self.linear)) * self.linear)
+
+
+def rounded(value: float) -> float:
+    """The least of 1, 2, 5, 10, ... times a power of ten that is not below a positive value (but for rounding)."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 5, 10) if value <= factor * power * (1 + 1e-9))
 
 
 def signed_colors(positions: Floats) -> Image:

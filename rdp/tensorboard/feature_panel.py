@@ -1,42 +1,26 @@
-"""The paper's Figure 1 as one composed image: every node's map, and the weights between them, layer by layer.
+"""The paper's Figure 1 as one composed image: every channel's map, and the weights between them, layer by layer.
 
 All pixels are made with a few array operations. One matplotlib Axes a node would take minutes for a 32 x 65 panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from PIL import Image as pil
-from PIL import ImageDraw
+from PIL import ImageColor, ImageDraw
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from rdp.errors import ArgumentError
-from rdp.tensorboard.colors import INK, PAPER, Floats, Image, SignedScale, signed_colors
+from rdp.tensorboard.cells import FRAME, LINES_SHOWN, blank_pixels, colored, crossed, resized, weight_lines
+from rdp.tensorboard.colors import INK, PAPER, UNDEFINED, Floats, Image, SignedScale, signed_colors
+from rdp.tensorboard.layout import FEW, Column, Layout, arrange, stage_lines, token_side
 from rdp.tensorboard.legend import Legend, font
-from rdp.tensorboard.maps import evenly
+from rdp.tensorboard.maps import Layer
+from rdp.tensorboard.probe import Points, Probe, draw_points
 
-_FEW = 8
-"""Up to this many nodes all weights are drawn, and cells are large."""
-_STRONGEST = 2
-"""With more nodes, only so many weights into each node are drawn."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the panel.
-
-    Attributes:
-        maps: `Tensor[H, h, w]`, one map a node.
-        weights: `Tensor[H, H']` from the H' nodes of the layer before (which need not be shown), or None.
-    """
-
-    maps: Tensor
-    weights: Tensor | None = None
+_RULE = (120, 120, 120)
 
 
 def feature_panel(
@@ -45,103 +29,107 @@ def feature_panel(
     title: str = "Features",
     points: Tensor | None = None,
     labels: Tensor | None = None,
-    max_layers: int | None = 6,
+    probe: Probe | None = None,
+    max_layers: int | None = 8,
     max_nodes: int | None = 6,
+    unit: str = "node",
 ) -> Image:
-    """Draw the H x (2N + 1) grid of section 3.1 of the paper: the input, then weights and node maps of each layer.
+    """Draw what every channel computes, layer by layer, and the weights between them.
+
+    For an MLP on the plane this is the H x (2N + 1) grid of section 3.1 of the paper. Layers of equal shapes form a
+    stage, in which a row is the same channel in all columns; where shapes change the panel is broken and rows are
+    numbered anew.
 
     Args:
-        layers: The input and N layers.
+        layers: What enters the first layer, and N layers.
         title: First line of the image.
         points: Training points, `Tensor[P, 2]` in [-1, 1]^2, if maps are drawn over that square: the lines on which
             features are 0 are then drawn too, and about a hundred of the points over the last layer.
         labels: Their classes, `Tensor[P]`, 0 or 1.
-        max_layers: Number of layers shown besides the input, chosen by `evenly`; None shows all.
-        max_nodes: Number of nodes shown in each layer, chosen by `evenly`; None shows all.
+        probe: What the features were made from, to be shown once, on the left; default: the points, if any.
+        max_layers: Number of layers shown besides the first, chosen by `evenly`; None shows all.
+        max_nodes: Number of channels shown in each layer, chosen by `evenly`; None shows all.
+        unit: What a channel is called: "node" or "channel".
 
     Returns:
-        The image, `uint8[height, width, 3]`. The same colour means the same feature value in all maps.
+        The image, `uint8[height, width, 3]`, for a screen of two pixels a point. The same colour means the same feature
+        value in all maps.
 
     Raises:
-        ArgumentError: If there is no layer beside the input, or a map is empty or holds NaN or infinite values.
+        ArgumentError: If there is no layer beside the first, or a map is empty or holds NaN or infinite values.
     """
-    _check(layers)
-    numbers = [0, *(1 + number for number in evenly(len(layers) - 1, max_layers))]
-    nodes = [evenly(len(layers[number].maps), max_nodes) for number in numbers]
-    rows = max(len(some) for some in nodes)
-    sizes = _LARGE if rows <= _FEW and len(numbers) <= _FEW else _SMALL
-    maps = [_resized(layers[n].maps[some], sizes.cell) for n, some in zip(numbers, nodes, strict=True)]
-    weights = [_shown_weights(layers[n].weights if n else None, some) for n, some in zip(numbers, nodes, strict=True)]
-    scale = SignedScale.of(np.concatenate([some.ravel() for some in maps]))
-    heaviest = max((float(np.abs(w).max(initial=0)) for w in weights if w is not None), default=0.0)
+    return feature_film(
+        {"": layers},
+        title=title,
+        points=points,
+        labels=labels,
+        probe=probe,
+        max_layers=max_layers,
+        max_nodes=max_nodes,
+        unit=unit,
+    )
 
-    margin = 16 + int(max(font(sizes.text).getlength(str(node)) for node in ("layer", *nodes[-1])))
-    steps = [sizes.cell + (sizes.gap if w is None else sizes.strip) for w in weights[1:]]
-    lefts = [margin + sum(steps[:number]) for number in range(len(numbers))]
-    width = max(lefts[-1] + sizes.cell, sizes.narrowest, int(font(sizes.title, bold=True).getlength(title))) + margin
-    canvas = np.full((sizes.header + rows * sizes.pitch, width, 3), PAPER, np.uint8)
-    for left, some, w in zip(lefts, maps, weights, strict=True):
-        if w is not None and heaviest > 0:
-            canvas[sizes.header :, left - sizes.strip : left] = _weight_lines(w / heaviest, rows, sizes)
-        colors = _map_images(some, scale, sizes.contour if points is not None else 0)
-        if some is maps[-1] and points is not None and labels is not None:
-            _draw_points(colors, points, labels, sizes)
-        for row, colored in enumerate(colors):
-            top = sizes.header + row * sizes.pitch
-            canvas[top - 1 : top + sizes.cell + 1, left - 1 : left + sizes.cell + 1] = _FRAME
-            canvas[top : top + sizes.cell, left : left + sizes.cell] = colored
 
-    legend = Legend(sizes.text)
-    legend.scale("feature value (log scale)", scale)
-    if heaviest > 0:
-        which = "" if rows <= _FEW else f" ({_STRONGEST} strongest into each node)"
-        legend.lines(f"weight, widest {heaviest:.2g}{which}")
-    if points is not None:
-        legend.zero("feature is 0")
-        if labels is not None:
-            legend.dots("class 0, class 1")
-    image = pil.fromarray(np.concatenate([canvas, legend.draw(width, margin)]))
+def feature_film(
+    moments: Mapping[str, Sequence[Layer]],
+    *,
+    title: str = "Features over training",
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+    probe: Probe | None = None,
+    max_layers: int | None = 8,
+    max_nodes: int | None = 6,
+    unit: str = "node",
+) -> Image:
+    """The paper's Figure 4: a feature panel for each of several moments, below each other, with one colour scale.
+
+    Args:
+        moments: The layers by what stands over them, such as "epoch 3"; all are of one network.
+        title: First line of the image.
+        points: As in `feature_panel`.
+        labels: As in `feature_panel`.
+        probe: As in `feature_panel`.
+        max_layers: As in `feature_panel`.
+        max_nodes: As in `feature_panel`.
+        unit: As in `feature_panel`.
+
+    Returns:
+        The image, `uint8[height, width, 3]`.
+
+    Raises:
+        ArgumentError: As `feature_panel`.
+    """
+    for layers in moments.values():
+        _check(layers)
+    if probe is None and points is not None and labels is not None:
+        probe = Points(points, labels)
+    first = next(iter(moments.values()))
+    layout = arrange(first, max_layers, max_nodes, unit, probe is not None)
+    sizes = layout.sizes
+    shown = [layers[column.layer].maps[column.channels] for layers in moments.values() for column in layout.columns]
+    scale = SignedScale.of(np.concatenate([maps.detach().float().cpu().numpy().ravel() for maps in shown]))
+    parts = [_Part(layers, layout, scale) for layers in moments.values()]
+    heaviest = max((part.heaviest for part in parts), default=0.0)
+    on_plane = points is not None
+    width = max(layout.stages[-1].right, int(font(sizes.title, bold=True).getlength(title))) + 2 * sizes.gap
+    drawn = [
+        part.draw(width, heaviest, unit, sizes.contour if on_plane else 0, probe if index == 0 else None)
+        for index, part in enumerate(parts)
+    ]
+    if points is not None and labels is not None:
+        for part in drawn:
+            _dots(part, layout, points, labels)
+    dotted = points is not None and labels is not None
+    legend = _legend(layout, parts, scale, heaviest, on_plane=on_plane, dotted=dotted)
+    image = pil.fromarray(np.concatenate([*drawn, legend.draw(width, layout.columns[0].left)]))
     draw = ImageDraw.Draw(image)
     draw.text((sizes.gap, sizes.gap), title, fill=INK, font=font(sizes.title, bold=True))
-    sampled = "" if len(numbers) == len(layers) and rows == len(layers[-1].maps) else ", evenly spaced"
-    subtitle = f"{len(numbers) - 1} of {len(layers) - 1} layers, {rows} of {len(layers[-1].maps)} nodes{sampled}"
-    draw.text((sizes.gap, sizes.gap + int(1.4 * sizes.title)), subtitle, fill=INK, font=font(sizes.text))
-    draw.text((margin - 8, sizes.header - 10), "layer", fill=INK, font=font(sizes.text), anchor="rs")
-    for number, left in zip(numbers, lefts, strict=True):
-        name = str(number) if number else "input" if sizes is _LARGE else "in"
-        middle = left + sizes.cell // 2
-        draw.text((middle, sizes.header - 10), name, fill=INK, font=font(sizes.text), anchor="ms")
-    for row, node in enumerate(nodes[-1]):
-        middle = sizes.header + row * sizes.pitch + sizes.cell // 2
-        draw.text((margin - 8, middle), str(node), fill=INK, font=font(sizes.text), anchor="rm")
+    top = 0
+    for name, above in zip(moments, drawn, strict=True):
+        below = top + sizes.gap + int(1.25 * sizes.title)
+        draw.text((sizes.gap, below), name or _subtitle(first, layout, unit), fill=INK, font=font(sizes.text))
+        top += len(above)
     return np.asarray(image)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """All sizes, in pixels; `dots` is a number of training points."""
-
-    cell: int
-    strip: int
-    gap: int
-    title: int
-    text: int
-    contour: int
-    header: int
-    narrowest: int
-    dots: int
-
-    @property
-    def pitch(self) -> int:
-        """From one row to the next."""
-        return self.cell + self.gap
-
-
-# TensorBoard shows images about 300 pixels wide: few nodes, with large letters, can be read even so.
-_LARGE = _Sizes(cell=84, strip=58, gap=8, title=34, text=26, contour=2, header=136, narrowest=640, dots=120)
-# One pixel a point of the paper's grid; the letters are for an image three times as wide.
-_SMALL = _Sizes(cell=50, strip=46, gap=6, title=48, text=26, contour=1, header=150, narrowest=900, dots=60)
-_FRAME = (190, 190, 190)
 
 
 def _check(layers: Sequence[Layer]) -> None:
@@ -155,71 +143,127 @@ def _check(layers: Sequence[Layer]) -> None:
             raise ArgumentError(f"layer {number} holds NaN or infinite values; has training diverged?")
 
 
-def _resized(maps: Tensor, cell: int) -> Floats:
-    maps = maps.detach().float().cpu()
-    # The pixels of an image model are shown as they are; a grid is a sampled function, and smooth.
-    mode = "nearest-exact" if min(maps.shape[1:]) < 32 else "bilinear"
-    if maps.shape[1:] != (cell, cell):
-        maps = interpolate(maps[None], (cell, cell), mode=mode)[0]
-    result: Floats = maps.numpy()
-    return result
+class _Part:
+    """The panel of one moment, but for title and legend."""
+
+    def __init__(self, layers: Sequence[Layer], layout: Layout, scale: SignedScale) -> None:
+        self.layers, self.layout, self.scale = layers, layout, scale
+        self.weights = {column.layer: _weights(layers[column.layer], column) for column in layout.columns}
+        self.heaviest = max(
+            (float(np.abs(w).max(initial=0)) for w in self.weights.values() if w is not None), default=0.0
+        )
+        self.has_zeros = False
+
+    def draw(self, width: int, heaviest: float, unit: str, contour: int, probe: Probe | None) -> Image:
+        """`uint8[height, width, 3]`."""
+        layout, sizes = self.layout, self.layout.sizes
+        left = None if probe is None else probe.draw(sizes.probe, sizes.text)
+        height = max(layout.top(layout.rows), 0 if left is None else sizes.header + left.height)
+        canvas = np.full((height, width, 3), PAPER, np.uint8)
+        for column in layout.columns:
+            w = self.weights[column.layer]
+            if w is not None and heaviest > 0:
+                right = column.left - layout.apart
+                lines = weight_lines(w / heaviest, layout)
+                canvas[sizes.header : sizes.header + len(lines), right - sizes.strip : right] = lines
+            self._maps(canvas, column, contour)
+        image = pil.fromarray(canvas)
+        if left is not None:
+            image.paste(left, (sizes.gap, sizes.header))
+        self._words(ImageDraw.Draw(image), unit, probe is not None)
+        return np.asarray(image).copy()
+
+    def _maps(self, canvas: Image, column: Column, contour: int) -> None:
+        layout, sizes, layer = self.layout, self.layout.sizes, self.layers[column.layer]
+        some = layer.maps[column.channels].detach().float().cpu()
+        colors = colored(resized(some, sizes.cell), self.scale, contour)
+        colors[:, blank_pixels(layer, sizes.cell)] = ImageColor.getrgb(UNDEFINED)
+        zero = (some == 0).flatten(1).all(dim=1).tolist()
+        for row, cell in enumerate(colors):
+            top, left = layout.top(row), column.left
+            canvas[top - 2 : top + sizes.cell + 2, left - 2 : left + sizes.cell + 2] = FRAME
+            canvas[top : top + sizes.cell, left : left + sizes.cell] = crossed(cell) if zero[row] else cell
+        self.has_zeros |= any(zero)
+        if layer.tokens is not None:
+            values = layer.tokens[column.channels].detach().float().cpu().numpy()
+            side = token_side(layout, values.shape[1])
+            squares = signed_colors(self.scale.positions(values))
+            for row, token in np.ndindex(*values.shape):
+                top, left = layout.top(row) + token * side, column.left - layout.apart
+                canvas[top : top + side, left : left + side] = FRAME
+                canvas[top + 1 : top + side - 1, left + 1 : left + side - 1] = squares[row, token]
+
+    def _words(self, draw: ImageDraw.ImageDraw, unit: str, probed: bool) -> None:
+        layout, sizes = self.layout, self.layout.sizes
+        letters = font(sizes.text)
+        line = int(1.25 * sizes.text)
+        base = sizes.header - sizes.gap
+        if probed:
+            draw.text((sizes.gap, base), "made from", fill=INK, font=letters, anchor="ls")
+        for number, stage in enumerate(layout.stages):
+            rule = base - line - sizes.text // 3
+            draw.line((stage.left, rule, stage.right, rule), fill=_RULE, width=3)
+            lines = stage_lines(self.layers[stage.columns[0].layer], unit, stage, sizes)
+            for index, text in enumerate(reversed(lines)):
+                draw.text((stage.left, rule - sizes.text // 4 - line * index), text, INK, letters, "ls")
+            if number:
+                middle = stage.left - 3 * sizes.gap // 2
+                for top in range(rule, layout.top(layout.rows), 3 * sizes.gap):
+                    draw.line((middle, top, middle, top + sizes.gap), fill=_RULE, width=3)
+            label = stage.columns[0].left - layout.apart - sizes.gap
+            draw.text((label, base), unit, INK, letters, "rs")
+            for row, channel in enumerate(stage.columns[0].channels):
+                draw.text((label, layout.top(row) + sizes.cell // 2), str(channel), INK, letters, "rm")
+            for column in stage.columns:
+                name = self.layers[column.layer].name or str(column.layer)
+                draw.text((column.left + sizes.cell // 2, base), name, INK, letters, "ms")
 
 
-def _shown_weights(weights: Tensor | None, nodes: list[int]) -> Floats | None:
-    if weights is None:
+def _subtitle(layers: Sequence[Layer], layout: Layout, unit: str) -> str:
+    columns = layout.columns
+    few = any(len(column.channels) < len(layers[column.layer].maps) for column in columns)
+    chosen = f"{layout.rows} {unit}s of each, evenly spaced" if few else f"every {unit}"
+    of = f"all {len(layers) - 1}" if len(columns) == len(layers) else f"{len(columns) - 1} of {len(layers) - 1}"
+    same = f"; a row is one {unit}" + (" up to the next break" if len(layout.stages) > 1 else "")
+    return f"{of} layers, {chosen}{same}"
+
+
+def _legend(
+    layout: Layout,
+    parts: Sequence[_Part],
+    scale: SignedScale,
+    heaviest: float,
+    *,
+    on_plane: bool,
+    dotted: bool,
+) -> Legend:
+    legend = Legend(layout.sizes.text)
+    legend.scale("feature value (log scale)", scale)
+    if heaviest > 0:
+        which = "" if layout.rows <= FEW else f" (the {LINES_SHOWN} largest of each layer)"
+        legend.lines(f"weight, widest {heaviest:.2g}{which}")
+    if on_plane:
+        legend.zero("feature is 0")
+    if dotted:
+        legend.dots("class 0, class 1")
+    if any(part.has_zeros for part in parts):
+        legend.cross("0 everywhere")
+    if leading := max(layer.leading for layer in parts[0].layers):
+        which = "the leading token (class)" if leading == 1 else f"the {leading} leading tokens (class, registers)"
+        legend.squares(f"left of a map: {which}")
+    return legend
+
+
+def _dots(image: Image, layout: Layout, points: Tensor, labels: Tensor) -> None:
+    sizes, column = layout.sizes, layout.columns[-1]
+    for row in range(len(column.channels)):
+        top = layout.top(row)
+        cell = image[None, top : top + sizes.cell, column.left : column.left + sizes.cell]
+        draw_points(cell, points, labels, sizes.dots, sizes.dot)
+
+
+def _weights(layer: Layer, column: Column) -> Floats | None:
+    if layer.weights is None or not column.joined or layer.weights.shape[1] <= column.channels[-1]:
         return None
-    sources = [node for node in nodes if node < weights.shape[1]]
-    shown: Floats = weights.detach().float().cpu()[nodes][:, sources].numpy()
+    shown: Floats = layer.weights.detach().float().cpu()[column.channels][:, column.channels].numpy()
     return shown
-
-
-def _map_images(maps: Floats, scale: SignedScale, contour: int) -> Image:
-    """Colour the maps; where they change sign, draw a line that is `contour` pixels wide."""
-    colors = signed_colors(scale.positions(maps))
-    positive = maps > 0
-    edge = np.zeros_like(positive)
-    for shift in range(1, contour + 1):
-        edge[:, :, shift:] |= positive[:, :, shift:] != positive[:, :, :-shift]
-        edge[:, shift:] |= positive[:, shift:] != positive[:, :-shift]
-    colors[edge] = INK
-    return colors
-
-
-def _weight_lines(weights: Floats, rows: int, sizes: _Sizes) -> Image:
-    """Lines from the nodes of the layer before (left) to those of this one (right), the strongest on top.
-
-    Args:
-        weights: `[rows shown, sources shown]`, in [-1, 1].
-    """
-    sharp = 2  # drawn at twice the size, then averaged: smooth lines
-    image = pil.new("RGB", (sharp * sizes.strip, sharp * rows * sizes.pitch), PAPER)
-    draw = ImageDraw.Draw(image)
-    strength = np.abs(weights)
-    if rows > _FEW:
-        weakest_shown = np.sort(strength, axis=1)[:, -_STRONGEST:][:, :1]
-        strength = np.where(strength >= weakest_shown, strength, 0)
-    colors = signed_colors(np.sign(weights) * np.sqrt(strength))
-    middle = sharp * (np.arange(rows) * sizes.pitch + sizes.cell // 2)
-    targets, sources = np.nonzero(strength > 0.02)  # what is weaker could not be seen
-    for index in np.argsort(strength[targets, sources]):
-        target, source = int(targets[index]), int(sources[index])
-        r, g, b = colors[target, source].tolist()
-        width = max(1, round(sharp * sizes.cell / 14 * float(strength[target, source])))
-        draw.line((0, int(middle[source]), image.width, int(middle[target])), fill=(r, g, b), width=width)
-    return np.asarray(image.reduce(sharp))
-
-
-def _draw_points(cells: Image, points: Tensor, labels: Tensor, sizes: _Sizes) -> None:
-    """On every cell, class 0 as black dots and class 1 as white ones with a black rim."""
-    shown = torch.tensor(evenly(len(points), sizes.dots))
-    at = (points[shown].detach().cpu() * torch.tensor([1.0, -1.0]) + 1) * (sizes.cell - 1) / 2
-    x, y = at.round().int().clamp(1, sizes.cell - 2).T.numpy()
-    is_one = labels[shown].cpu().numpy() == 1
-    around: list[tuple[int, int]] = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    for color, some, offsets in (
-        (INK, is_one, around),
-        (PAPER, is_one, [(0, 0)]),
-        (INK, ~is_one, [(0, 0), (0, -1), (-1, 0), (-1, -1)]),
-    ):
-        for dy, dx in offsets:
-            cells[:, y[some] + dy, x[some] + dx] = color

@@ -45,8 +45,9 @@ class Legend:
             for position in (-1, 0, 1, *halves):
                 at = x + int((position + 1) / 2 * bar)
                 anchor = {-1: "la", 1: "ra"}.get(position, "ma")
+                pen.line((at, y + unit // 2, at, y + unit // 2 + 6), fill=INK, width=2)
                 value = short(scale.value(position))
-                pen.text((at, y + unit // 2 + 4), value, fill=INK, font=font(unit), anchor=anchor)
+                pen.text((at, y + unit // 2 + 6), value, fill=INK, font=font(unit), anchor=anchor)
             pen.text((x + bar + unit // 2, y), text, fill=INK, font=font(unit), anchor="lm")
 
         self._entries.append((bar + unit // 2 + self._width(text), draw))
@@ -73,6 +74,27 @@ class Legend:
             unit, radius = self.unit, self.unit // 4
             for center, color in ((x + unit // 2, INK), (x + 3 * unit // 2, PAPER)):
                 pen.ellipse((center - radius, y - radius, center + radius, y + radius), fill=color, outline=INK)
+
+        self._key(text, mark)
+
+    def cross(self, text: str) -> None:
+        """Add a key of a crossed cell."""
+
+        def mark(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
+            half, grey = self.unit // 2, (150, 150, 150)
+            pen.rectangle((x + half, y - half, x + 3 * half, y + half), outline=grey, width=2)
+            pen.line((x + half, y - half, x + 3 * half, y + half), fill=grey, width=2)
+            pen.line((x + half, y + half, x + 3 * half, y - half), fill=grey, width=2)
+
+        self._key(text, mark)
+
+    def squares(self, text: str) -> None:
+        """Add a key of small squares left of a map."""
+
+        def mark(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
+            unit, grey = self.unit, (150, 150, 150)
+            pen.rectangle((x + unit, y - unit // 2, x + 2 * unit, y + unit // 2), outline=grey, width=2)
+            pen.rectangle((x + unit // 3, y - unit // 2, x + 3 * unit // 4, y - unit // 12), fill=INK)
 
         self._key(text, mark)
 
@@ -107,4 +129,4 @@ def short(value: float) -> str:
         return f"{value:.0e}"
     if abs(value) >= 1e3:
         return f"{value / 1e3:.2g}k"
-    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"

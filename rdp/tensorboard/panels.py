@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from rdp.analysis.features import check_handle, extract_features
@@ -15,14 +14,13 @@ from rdp.analysis.lesions import Lesions
 from rdp.analysis.reuse import feature_reuse
 from rdp.errors import ArgumentError
 from rdp.handle import ResidualDropPath
-from rdp.phases import Phase
-from rdp.tensorboard.charts import History, lesion_panel, similarity_panel, training_panel
+from rdp.tensorboard.charts import lesion_panel, similarity_panel
 from rdp.tensorboard.colors import Image
 from rdp.tensorboard.events import Events, Log, png, writable
-from rdp.tensorboard.feature_panel import Layer, feature_panel
-from rdp.tensorboard.maps import node_maps
-from rdp.tensorboard.scalars import Scalars
-from rdp.tensorboard.tags import of_phase
+from rdp.tensorboard.feature_panel import feature_panel
+from rdp.tensorboard.probing import Probing
+from rdp.tensorboard.scalars import Scalars, learns
+from rdp.tensorboard.training import History, Learning, training_panel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -54,8 +52,9 @@ class Panels:
         grid_size: Side of the grid that `inputs` are the points of, or None if they are not.
         points: Training points, `Tensor[P, 2]`, to draw over the grid.
         labels: Their classes, `Tensor[P]`, 0 or 1.
+        tokens: Of a text, the first input token by token, for the pictures.
         max_layers: Layers shown, evenly spaced; None shows all.
-        max_nodes: Nodes shown in each layer, evenly spaced; None shows all.
+        max_nodes: Nodes or channels shown in each layer, evenly spaced; None shows all.
         name: What the pictures' titles begin with, such as the algorithm.
         settings: Of the run, by name: for TensorBoard's Text and HParams tabs.
 
@@ -74,7 +73,8 @@ class Panels:
         grid_size: int | None = None,
         points: Tensor | None = None,
         labels: Tensor | None = None,
-        max_layers: int | None = 6,
+        tokens: Sequence[str] | None = None,
+        max_layers: int | None = 8,
         max_nodes: int | None = 6,
         name: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -94,12 +94,13 @@ class Panels:
         self.images: dict[str, Image] = {}
         """The latest pictures, by tag."""
         self._scalars, self._images_every = Scalars(handle, scalars_every), images_every
-        self._grid_size, self._points, self._labels = grid_size, points, labels
+        self._probing = Probing(handle, inputs, grid_size, tokens)
+        self._points, self._labels = points, labels
         self._max_layers, self._max_nodes = max_layers, max_nodes
         self._prefix = f"{name}: " if name else ""
-        self._history = History()
+        self._history, self._learning = History(), Learning()
+        self._lesions: Lesions | None = None
         self._calls = 0
-        self._dropped, self._expected, self._rows = torch.zeros(0), torch.zeros(0), 0
 
     def log(self, step: int, **metrics: float | Tensor) -> None:
         """Record a training step: call it after `backward()`, before `optimizer.step()`.
@@ -117,14 +118,7 @@ class Panels:
         check_handle(self.handle)
         if not self._calls and isinstance(self._write, Events):
             self._write.text("model", f"```\n{self.handle}\n```")
-        phase = self.handle.phase
-        masks = self.handle.masks
-        if phase is Phase.DROP:
-            dropped, rows = (~masks).sum(dim=1), masks.shape[1]
-            expected = torch.tensor(self.handle.rates) * rows
-            self._dropped = self._dropped + dropped if self._rows else dropped
-            self._expected = self._expected + expected if self._rows else expected
-            self._rows += rows
+        self._learning.step(self.handle.phase, learns(self.handle), self.handle.rates)
         if point := self._scalars.step(_tags("train", metrics)):
             self._point(step, point)
         if self._calls % self._images_every == 0:
@@ -151,21 +145,25 @@ class Panels:
         """
         features = list(extract_features(self.handle, self.inputs).values())
         title = f"{self._prefix}step {step}"
-        self.images = {"features/similarity": similarity_panel(features, title=title)}
-        layers = self._layers(features)
+        layers = self._probing.layers(features)
+        self.images = {
+            "features/similarity": similarity_panel(features, title=title, enters=self._probing.enters(features)),
+            "training/overview": training_panel(
+                self._learning.shares(), self._history, title=title, lesions=self._lesions
+            ),
+        }
+        self._learning = Learning()
         if layers is not None:
             self.images["features/nodes"] = feature_panel(
                 layers,
                 title=title,
                 points=self._points,
                 labels=self._labels,
+                probe=self._probing.shown,
                 max_layers=self._max_layers,
                 max_nodes=self._max_nodes,
+                unit=self._probing.unit,
             )
-        rates = (self._expected / self._rows).tolist() if self._rows else list(self.handle.rates)
-        dropped = (self._dropped / self._rows).tolist() if self._rows else [0.0] * len(rates)
-        self.images["training/overview"] = training_panel(rates, dropped, self._history, title=title)
-        self._rows = 0
         comparable = len({values.shape for values in features}) < len(features)
         reuse = feature_reuse(features)._asdict() if comparable else {}
         self._write(step, _tags("feature_reuse", reuse), self.images)
@@ -181,6 +179,7 @@ class Panels:
             result: What was found.
             metric: The name of what was measured.
         """
+        self._lesions = result
         self.images["lesions"] = lesion_panel(result, title=f"{self._prefix}step {step}", metric=metric)
         self._write(step, {}, {"lesions": self.images["lesions"]})
         return self.images["lesions"]
@@ -206,44 +205,9 @@ class Panels:
 
     def _point(self, step: int, numbers: Mapping[str, float]) -> None:
         self._write(step, numbers, {})
-        history, phases = self._history, set(self.handle.options.phases)
-        for phase in phases if "train/gradient_norm" in numbers else ():
-            norm, frozen = (
-                numbers[of_phase(tag, phase) if len(phases) > 1 else tag]
-                for tag in ("train/gradient_norm", "rdp/frozen_parameters")
-            )
-            for curves, value in (
-                (history.gradient_norm, norm),
-                (history.live, 100 - frozen),
-                (history.frozen, frozen),
-            ):
-                curves.setdefault(phase.name, []).append((step, value))
-        for tag, value in numbers.items():
-            if tag.startswith(("train/", "test/")) and tag != "train/gradient_norm":
-                history.metrics.setdefault(tag, []).append((step, value))
-
-    def _layers(self, features: list[Tensor]) -> list[Layer] | None:
-        if features[0].dim() == 2 and self._grid_size is None:
-            return None  # vectors of inputs that lie on no grid: there is nothing to draw
-        try:
-            maps = [node_maps(values, self._grid_size) for values in features]
-        except ArgumentError:
-            if self._grid_size is not None:
-                raise
-            return None  # token sequences that are not images
-        weights = [None, *branch_weights(self.handle)]
-        return [Layer(values, weight) for values, weight in zip(maps, weights, strict=True)]
+        self._history.add(step, numbers)
 
 
 def _tags(group: str, numbers: Mapping[str, T]) -> dict[str, T]:
     """Whole names."""
     return {name if "/" in name else f"{group}/{name}": value for name, value in numbers.items()}
-
-
-def branch_weights(handle: ResidualDropPath) -> list[Tensor | None]:
-    """The weight matrix, `Tensor[H, H']`, of each branch that has exactly one; None for the others."""
-    parameters = dict(handle.model.named_parameters())
-    matrices = [
-        [p for name in b.parameters if (p := parameters.get(name)) is not None and p.dim() > 1] for b in handle.branches
-    ]
-    return [found[0].detach() if len(found) == 1 and found[0].dim() == 2 else None for found in matrices]

@@ -74,7 +74,8 @@ class Scalars:
         self._sums.clear()
         self._counts.clear()
         self._left = self._interval
-        return numbers | {"rdp/rate": max(self._handle.rates)}
+        drops = Phase.DROP in self._phases  # else rates are there, and nothing is dropped
+        return numbers | {"rdp/rate": max(self._handle.rates) if drops else 0.0}
 
 
 def parameter_counts(handle: ResidualDropPath) -> tuple[int, int]:
@@ -90,14 +91,19 @@ def parameter_counts(handle: ResidualDropPath) -> tuple[int, int]:
     return sum(sizes.values()) - frozen, frozen
 
 
+def learns(handle: ResidualDropPath) -> Tensor:
+    """Which branches learn from which rows of the latest forward, bool `Tensor[branches, rows]`, on the CPU."""
+    masks = handle.masks
+    if handle.phase is Phase.PLAIN:
+        return torch.ones_like(masks)
+    plain = torch.tensor([rate == 0 for rate in handle.rates])
+    return (masks if handle.phase is Phase.DROP else ~masks) | plain[:, None]
+
+
 def learning_rows(handle: ResidualDropPath) -> float:
     """The share of the pairs of a row and a branch, in the latest forward, in which the branch learns from the row."""
-    masks = handle.masks
-    if handle.phase is Phase.PLAIN or not masks.numel():
-        return 1.0
-    learns = masks if handle.phase is Phase.DROP else ~masks
-    plain = torch.tensor([rate == 0 for rate in handle.rates])
-    return (learns | plain[:, None]).float().mean().item()
+    learning = learns(handle)
+    return learning.float().mean().item() if learning.numel() else 1.0
 
 
 def _gradient_norm(handle: ResidualDropPath) -> float | Tensor:

@@ -20,9 +20,9 @@ def test_figures_1_to_4(spiral_runs: Path, tmp_path: Path) -> None:
     for number in range(1, 5):
         with Image.open(tmp_path / f"figure{number}.png") as image:
             sizes[number] = image.size
-    assert sizes[1][1] > 10 * 50  # all 10 nodes
-    assert sizes[3] == (700, 580)
-    assert sizes[4][1] > 2 * 300  # a film strip
+    assert sizes[1][1] > 10 * 80  # all 10 nodes
+    assert sizes[3] == (1400, 1240)
+    assert sizes[4][1] > 3 * 6 * 168  # three moments, with 6 nodes each
 
 
 def test_the_film_shows_training_from_the_start(spiral_runs: Path) -> None:

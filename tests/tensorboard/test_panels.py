@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 import rdp
 from rdp.analysis import grid, lesions, spiral
 from rdp.tensorboard import Panels
-from rdp.tensorboard.panels import branch_weights
+from rdp.tensorboard.probing import branch_weights
 from rdp.tensorboard.scalars import parameter_counts
 
 
@@ -111,7 +111,7 @@ def test_lesions_are_written_with_a_description(tmp_path: Path) -> None:
     points, labels = spiral(64)
     found = lesions(handle, lambda model: float((model(points).argmax(1) == labels).float().mean()), progress=False)
     with Panels(handle, grid(10), tmp_path, grid_size=10) as panels:
-        assert panels.lesions(8, found, "accuracy").shape == (340, 700, 3)
+        assert panels.lesions(8, found, "accuracy").shape == (720, 1400, 3)
         assert [path.name for path in panels.save(tmp_path)] == ["lesions.png"]
     ((step, _, description),) = events(tmp_path)["lesions"]
     assert step == 8
@@ -160,27 +160,61 @@ def test_frozen_parameters_are_those_that_the_optimizer_leaves_alone(phase: rdp.
     assert len(seen) > 1
 
 
-def test_drop_counts_are_those_of_the_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_branches_learn_from_are_those_of_the_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(
-        "rdp.tensorboard.panels.training_panel", lambda rates, dropped, *a, **k: drawn.append((rates, dropped)) or BLANK
+        "rdp.tensorboard.panels.training_panel", lambda learning, *a, **k: drawn.append(learning) or BLANK
     )
     torch.manual_seed(0)
     model, points = MLP(), spiral(64)[0]
     handle = rdp.attach(model, 0.5, example_inputs=points)
-    masks = []
+    masks = defaultdict(list)
     with Panels(handle, grid(8), tmp_path, grid_size=8, images_every=100) as panels:
         for step in range(9):
             model(points).sum().backward()
             panels.log(step)
-            if handle.phase is rdp.Phase.DROP:
-                masks.append(handle.masks.clone())
+            masks[handle.phase].append(handle.masks.clone())
             handle.advance()
         panels.draw(9)
-    rates, dropped = drawn[-1]
-    assert rates == [branch.rate for branch in handle.branches]
-    expected = (~torch.cat(masks[1:], dim=1)).float().mean(dim=1)  # the first picture, at step 0, has the first
-    torch.testing.assert_close(torch.tensor(dropped), expected)
+    rates = torch.tensor([branch.rate for branch in handle.branches])
+    assert rates[0] == 0
+    # The first picture, at step 0, has the first step.
+    dropped = (~torch.cat(masks[rdp.Phase.DROP][1:], dim=1)).float().mean(dim=1)
+    redropped = (~torch.cat(masks[rdp.Phase.FREEZE], dim=1)).float().mean(dim=1)
+    redropped[0] = 1  # what has rate 0 learns from all rows
+    for phase, learnt, expected in (
+        (rdp.Phase.DROP, 1 - dropped, 1 - rates),
+        (rdp.Phase.FREEZE, redropped, torch.where(rates > 0, rates, 1)),
+    ):
+        torch.testing.assert_close(torch.tensor(drawn[-1][phase]), torch.stack((learnt, expected), dim=1))
+
+
+def test_plain_training_drops_nothing_whatever_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("rdp.tensorboard.panels.training_panel", lambda *a, **k: drawn.append(a) or BLANK)
+    model, points = MLP(), spiral(32)[0]
+    handle = rdp.attach(model, 0.5, phases=(rdp.Phase.PLAIN,), example_inputs=points)
+    with Panels(handle, grid(8), tmp_path, grid_size=8) as panels:
+        model(points).sum().backward()
+        panels.log(0)
+    learning, history = drawn[-1]
+    assert learning == {rdp.Phase.PLAIN: [(1.0, 1.0)] * 3}
+    assert history.points["rdp/rate"] == [(0, 0.0)]
+
+
+def test_features_are_extracted_for_pictures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extracted = []
+    monkeypatch.setattr(
+        "rdp.tensorboard.panels.extract_features", lambda *a: extracted.append(1) or rdp.analysis.extract_features(*a)
+    )
+    model, points = MLP(), spiral(32)[0]
+    handle = rdp.attach(model, 0.5, example_inputs=points)
+    with Panels(handle, grid(8), tmp_path, grid_size=8, scalars_every=2, images_every=10) as panels:
+        for step in range(12):
+            model(points).sum().backward()
+            panels.log(step)
+            handle.advance()
+    assert len(extracted) == 2
 
 
 BY_PHASE = ("loss", "gradient_norm", "learning_rows", "frozen_parameters")
@@ -205,10 +239,32 @@ def test_image_models_from_their_first_forward(name: str, tmp_path: Path) -> Non
     assert {"features/nodes", "features/similarity", "feature_reuse/reused"} <= set(events(tmp_path))
 
 
-def test_vectors_that_lie_on_no_grid_have_no_maps_but_all_else(tmp_path: Path) -> None:
-    model, points = MLP(), torch.randn(16, 2)
-    with Panels(rdp.attach(model, example_inputs=points), points, tmp_path) as panels:
-        assert set(panels.draw(0)) == {"features/similarity", "training/overview"}
+class Conv(nn.Module):
+    """Of any number of dimensions."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(3, 3, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "drawn"),
+    [
+        (MLP(), torch.randn(16, 2), True),  # a map has a pixel for each input
+        (Conv(nn.Conv1d), torch.randn(4, 3, 17), True),  # and one for each place
+        (Conv(nn.Conv2d), torch.randn(4, 3, 4, 6), True),
+        (Conv(nn.Conv3d), torch.randn(4, 3, 4, 4, 4), False),  # of videos there is no picture
+    ],
+)
+def test_pictures_of_any_network(model: nn.Module, inputs: Tensor, drawn: bool, tmp_path: Path) -> None:
+    with Panels(rdp.attach(model, example_inputs=inputs), inputs, tmp_path) as panels:
+        assert set(panels.draw(0)) - {"features/nodes"} == {"features/similarity", "training/overview"}
+        assert ("features/nodes" in panels.images) == drawn
 
 
 def test_weights_are_those_of_branches_with_one_matrix() -> None:

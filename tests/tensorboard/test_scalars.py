@@ -114,7 +114,7 @@ def test_every_algorithm_has_the_same_tags_but_for_those_by_phase() -> None:
                 handle.advance()
             panels.metrics(step, top1=50.0, **{"val/top1": 40})
         tags[algorithm] = {tag for tag in kept.numbers if not tag.startswith(("drop/", "freeze/", "plain/"))}
-        assert set(kept.images) == {"features/similarity", "training/overview"}
+        assert set(kept.images) == {"features/nodes", "features/similarity", "training/overview"}
     assert len({frozenset(each) for each in tags.values()}) == 1, tags
     assert {"train/loss", "train/gradient_norm", "test/top1", "val/top1"} <= tags["rdp"]
 
