@@ -120,8 +120,8 @@ def lesion_panel(
         for color, (name, each) in zip(LINES, runs.items(), strict=False):
             count = len(each[0].table)
             ways = [
-                ("least first" if not name else "_", "-", [result.least for result in each]),
-                ("at random" if not name else "_", "--", [_means(result.random) for result in each]),
+                (name or "worth least first", "-", [result.least for result in each]),
+                ("_" if name else "at random", "--", [_means(result.random) for result in each]),
             ]
             for label, style_, by_number in ways:
                 kept = [count - number for number in by_number[0]]

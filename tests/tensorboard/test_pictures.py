@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as pil
-from PIL import ImageDraw
+from PIL import ImageColor, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -420,4 +420,7 @@ def test_lesions_of_several_ways_of_training_stand_side_by_side() -> None:
     image = lesion_panel(runs, title="which?", metric="accuracy")
     assert image.shape == (720, 1400, 3)
     assert len(set(bars(image, LINES[0]))) == 1  # means over runs
+    legend = image[:200, 700:].reshape(-1, 3).astype(int)  # above the curves
+    for color in LINES[:2]:
+        assert (abs(legend - ImageColor.getrgb(color)).sum(axis=1) < 20).any()
     assert max(bars(image, LINES[1])) == pytest.approx(max(bars(image, LINES[0])) / 3, abs=4)
