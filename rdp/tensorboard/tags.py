@@ -23,9 +23,9 @@ TAGS = {
     "complaint.",
     "time/epoch_seconds": "Seconds of training in an epoch, testing not included.",
     "time/images_per_second": "Training images in a second.",
-    "features/nodes": "What every node or channel computes, layer by layer; the same colour is the same value, and a row "
-    "is one channel as far as shapes agree. Lines are weights: colour shows the sign, width the magnitude. The slider "
-    "replays training (the paper's Figures 1 and 4).",
+    "features/nodes": "What every node or channel computes, layer by layer; the same colour is the same value, and a "
+    "row is one channel as far as shapes agree. Lines are weights: colour shows the sign, width the magnitude. The "
+    "slider replays training (the paper's Figures 1 and 4).",
     "features/similarity": "Left: Euclidean distance (root mean square over inputs). Right: linear CKA (unbiased) and "
     "cosine. Curves compare each layer with the input, heatmaps all pairs of layers (the paper's Figure 3).",
     "lesions": "Left: how much worse the network is without each branch. Right: with fewer and fewer branches, those "

@@ -125,11 +125,15 @@ def _learning(axes: Axes, phase: Phase, shares: Sequence[tuple[float, float]]) -
         low, high = branches[~always] - 0.45, branches[~always] + 0.45
         axes.hlines(expected[~always], low, high, color="black", linewidth=1.2, label="expected")
     axes.set(xlabel="branch", ylim=(0, top * 1.03))
-    axes.yaxis.set_major_formatter("{x:.0%}" if top >= 0.1 else "{x:.1%}")
+    axes.yaxis.set_major_formatter(_percent)
     axes.grid(visible=False, axis="x")
     whole_numbers(axes)
     which = {Phase.DROP: "undropped rows", Phase.FREEZE: "dropped rows", Phase.PLAIN: "all rows"}[phase]
     headed(axes, f"{phase.name} teaches {which}")
+
+
+def _percent(share: float, _: object) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _losses(axes: Axes, points: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -165,7 +169,7 @@ def _rate(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
     elif curve:
         axes.step(*zip(*curve, strict=True), where="post", color=LINES[0], marker="o" if len(curve) == 1 else "")
         axes.set(ylim=(0, 1.2 * max(value for _, value in curve)))
-        axes.yaxis.set_major_formatter("{x:.0%}" if max(value for _, value in curve) >= 0.05 else "{x:.1%}")
+        axes.yaxis.set_major_formatter(_percent)
     headed(axes, "Drop rate of the deepest branch")
 
 
