@@ -116,7 +116,8 @@ def arrange(layers: Sequence[Layer], max_layers: int | None, max_nodes: int | No
         labels = evenly(len(first.maps), max_nodes)
         left = x
         x += max(_length(sizes, text) for text in (unit, str(labels[-1]))) + sizes.gap
-        x += max(0, (_length(sizes, first.name) - sizes.cell) // 2 - apart)
+        overhang = (_length(sizes, first.name) - sizes.cell) // 2 - apart
+        x += max(overhang + sizes.gap, 0) if overhang > 0 else 0
         columns: list[Column] = []
         for number in group:
             joined = bool(columns) and number == columns[-1].layer + 1 and layers[number].weights is not None
