@@ -6,10 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import spiral_mlp
-import torch
 
-from tools import benchmark_loaders, benchmark_overhead, figures, model_coverage
+from tools import benchmark_loaders, benchmark_overhead, model_coverage
 
 
 def test_the_table_of_models_wants_a_place_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,17 +39,6 @@ def test_benchmarks_say_which_numbers_make_no_sense() -> None:
     for wrong in ({"rounds": 0}, {"workers": 0}, {"photographs": 1}):
         with pytest.raises(SystemExit, match="--photographs 2: one of each class"):
             benchmark_loaders.main(benchmark_loaders.Config(**wrong))
-
-
-def test_networks_of_one_depth_and_two_widths_have_a_picture_each(tmp_path: Path) -> None:
-    for width in (3, 4):
-        folder = tmp_path / f"width-{width}" / "rdp"
-        folder.mkdir(parents=True)
-        model = spiral_mlp.ResidualMLP(2, width).state_dict()
-        settings = {"depth": 2, "width": width, "samples": 64, "seed": 0, "epoch": 1, "algorithm": "rdp"}
-        torch.save({**settings, "snapshots": {}, "model": model}, folder / "checkpoint.pt")
-    figures.compare(tuple(tmp_path.iterdir()), tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "3.1", "newest"])
