@@ -142,7 +142,7 @@ def _gates(run: Run) -> Iterator[Problem]:
             certain=True,
         )
     unreached = [b.name for i, b in branches if i not in watch.reached and b.name not in lost]
-    if watch.forwards and unreached:
+    if watch.forwards and unreached and not watch.unseen:
         yield Problem(
             "unreached",
             f"{_named(unreached)} was never reached by a training forward: the model does not call it any more",

@@ -1,7 +1,7 @@
 """Masks for compiled models: opaque operators that run in every call of the compiled graph.
 
 A compiler sees masks come out of an operator and a phase that is a constant, so it makes one graph a phase. The masks
-are made on the CPU: CUDA graphs, which would replay those of their recording for ever, leave such an operator out.
+are made on the CPU, and CUDA graphs, which would replay those of their recording for ever, leave these operators out.
 
 That a backward has come to a compiled forward is seen by another operator, in the graph of the backward. The *ticket*
 that it is given is kept for it by autograd, and so lives as long as the graph of the forward.
@@ -14,9 +14,11 @@ Which branches a graph gates is noted as it is traced, and a graph serves those 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,12 @@ from rdp.masks import fixed_drops
 from rdp.refusals import count_rows
 from rdp.rows.branch import Split
 from rdp.rows.program import Program
-from rdp.training.step import copies_from_pinned, order, sent
+from rdp.training.step import copies_from_pinned, order
 
 if TYPE_CHECKING:
     from rdp.training.run import Run
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Given(NamedTuple):
@@ -52,11 +56,18 @@ class Given(NamedTuple):
 
 
 _runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+_constants: list[Callable[..., Any]] = []
 _guarding: dict[int, bool] = {}
 """The attached runs, by id, and whether torch was to skip guards on hooks when each was attached."""
 
 
-@torch.library.custom_op("rdp::begin_forward", mutates_args=())
+_TAGS: dict[str, Any] = {}
+"""CUDA graphs would replay the masks of their recording for ever: torch cuts them here, if it knows how."""
+if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.library.custom_op).parameters:
+    _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("rdp::begin_forward", mutates_args=(), **_TAGS)
 def begin_forward(
     x: Tensor, rows: int, run: int, branches: int, ordered: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,7 +82,7 @@ def begin_forward(
     masks, rows_in_order = forward.masks.clone(), order(forward.masks) if ordered else _no_order(branches)
     if copies_from_pinned(x.device.type):
         masks, rows_in_order = masks.pin_memory(), rows_in_order.pin_memory()
-    return masks, rows_in_order, _keep_probs(this), ticket
+    return masks, rows_in_order, keep_probs_of(this), ticket
 
 
 @begin_forward.register_fake
@@ -82,7 +93,7 @@ def _(x: Tensor, rows: int, run: int, branches: int, ordered: bool) -> tuple[Ten
     return masks, rows_in_order, keep_probs, torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("rdp::reached", mutates_args=())
+@torch.library.custom_op("rdp::reached", mutates_args=(), **_TAGS)
 def reached(gradient: Tensor, ticket: Tensor) -> Tensor:
     """A backward has come to the forward of `ticket`; returns a one, since what returns nothing is left out."""
     run, key = ticket.tolist()
@@ -127,7 +138,7 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         )
     given = [tensor for tensor in trees.tensors((args, kwargs)) if tensor.dim()]
     x, rows = given[0] if given else next(module.parameters()), count_rows(run.rows, (args, kwargs), run.options.mode)
-    ordered, device = _ordered(run), x.device
+    ordered, device = in_order(run), x.device
     masks, rows_in_order, keep_probs, ticket = begin_forward(x.detach(), rows, id(run), len(run.branches), ordered)
     run.compiled = Given(
         in_graph(masks, device),
@@ -137,30 +148,8 @@ def begin(run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
     )
 
 
-def for_parts(run: Run, masks: Tensor) -> Given:
-    """What compiled parts of a model are given of a forward that is not compiled; without such, nothing is copied."""
-    if not run.compiles:
-        return Given(masks)
-    device = next(run.model.parameters()).device
-    return Given(
-        sent(masks, device),
-        sent(order(masks), device) if _ordered(run) else None,
-        sent(_keep_probs(run), device) if run.options.scale_by_keep else None,
-    )
-
-
-def ready(run: int) -> bool:
-    """A part of the model is being compiled, not the whole, which has a ticket: copy what it is given. See `traced`."""
-    this = _runs[run]
-    if this.calls.running and not this.compiles:
-        this.compiles = True
-        allow_graphs(this)
-        if this.compiled is not None:
-            this.compiled = for_parts(this, this.compiled.masks)
-    return True
-
-
-def _ordered(run: Run) -> bool:
+def in_order(run: Run) -> bool:
+    """Are undropped rows and others told apart by their order, since there is a constant number of each?"""
     return run.options.sampling == "fixed" and run.options.mode == "row"
 
 
@@ -168,7 +157,8 @@ def _no_order(branches: int) -> Tensor:
     return torch.empty((branches, 0), dtype=torch.int64, device="cpu")
 
 
-def _keep_probs(run: Run) -> Tensor:
+def keep_probs_of(run: Run) -> Tensor:
+    """What `scale_by_keep` divides by, `Tensor[branches]`."""
     return 1 - torch.tensor(run.step.rates, dtype=torch.float64, device="cpu")
 
 
@@ -196,33 +186,31 @@ def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 
+def constant(function: F) -> F:
+    """Let a function be called while a graph is traced, and not by the graph, for which what it returns is a constant.
+
+    Its arguments must be constants, too, and nothing that it changes may have been looked at by then. It is torch's
+    decorator that does so, but that would import dynamo together with this module.
+    """
+    _constants.append(function)
+    return function
+
+
+def run_of(run: int) -> Run:
+    """A run by its id: where a graph is traced, runs are no constants."""
+    return _runs[run]
+
+
+@constant
 def traced(run: int, branch: int) -> int:
-    """Note that a graph gates a branch: called while it is traced, and not by the graph, for which it is a constant."""
+    """Note that a graph gates a branch."""
     this = _runs[run]
     this.watch.traced.add(branch)
     this.watch.reached.add(branch)
-    if this.options.mode == "row" and this.branches[branch].compute == "rows" and not _ordered(this):
+    this.watch.whole |= this.options.mode == "batch" and not this.calls.running
+    if this.options.mode == "row" and this.branches[branch].compute == "rows" and not in_order(this):
         this.watch.dense_in_graph = True
     return branch
-
-
-def allow_graphs(run: Run) -> None:
-    """Let torch make as many graphs for each branch as it usually makes for all blocks of one class.
-
-    It counts those of all blocks of a class together, though each has hooks of its own, and past its limit it would run
-    them in Python, in silence. It has its limit back when the model has returned.
-    """
-    if run.graphs is None and run.calls.running:
-        config = torch._dynamo.config
-        run.graphs = config.recompile_limit
-        config.recompile_limit *= max(len(run.branches), 1)
-
-
-def over(run: Run) -> None:
-    """A forward in Python has ended."""
-    run.compiled = None
-    if run.graphs is not None:
-        torch._dynamo.config.recompile_limit, run.graphs = run.graphs, None
 
 
 def end(run: Run, *_: Any) -> None:
@@ -239,8 +227,7 @@ def attached(run: Run) -> None:
     import torch._dynamo  # the first optimizer of a process does so too: the 3 seconds come earlier, not on top
 
     _runs[id(run)] = run
-    # No decorator, which would import dynamo together with this module.
-    for function in (traced, ready):
+    for function in _constants:
         torch._dynamo.assume_constant_result(function)  # type: ignore[no-untyped-call]
     config = torch._dynamo.config
     _guarding.setdefault(id(run), config.skip_nnmodule_hook_guards)

@@ -50,7 +50,7 @@ class FirstCycle:
     def returned(self, run: Run, forward: Forward, outputs: Iterable[Tensor]) -> None:
         """A forward has made `outputs`: what is frozen in it should not be in their graph."""
         # With several processes all parameters are linked to it, and compiled code to all that it was given.
-        if run.several or run.watch.traced or run.options.freeze == "params":
+        if run.several or run.compiles or run.watch.traced or run.options.freeze == "params":
             return
         # Each branch once in each phase, which may be after the first cycle, and never in row mode with many rows.
         walked = self._walked.setdefault(forward.phase, set())

@@ -45,6 +45,11 @@ def dropped(phase: Phase, x: Tensor, source: Tensor | None = None) -> Tensor | f
     return 0.0 if source is None else source
 
 
+def acts(phase: Phase, keep: bool, scaled: bool) -> bool:
+    """Does `gate` change anything where all rows are alike? `scaled` is whether it is given a `keep_prob`."""
+    return keep if phase is Phase.FREEZE else scaled or not keep
+
+
 def gate(
     phase: Phase, keep: Tensor | bool, x: Tensor, source: Tensor | None = None, keep_prob: float | Tensor | None = None
 ) -> Tensor:

@@ -17,7 +17,7 @@ from rdp.errors import ForwardError
 from rdp.phases import Phase
 from rdp.rows.branch import BranchOnRows
 from rdp.rows.program import Program
-from rdp.training import compiled, first_cycle, gates
+from rdp.training import compiled, first_cycle, gates, parts
 from rdp.training.recomputation import in_reentrant_checkpoint
 from rdp.training.step import Forward, sent
 
@@ -119,9 +119,12 @@ class EntryHook(RunHook):
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in a graph, where the number of undropped rows is a constant."""
         run, on_rows = self.run, self.on_rows
-        if on_rows.replaying or not gates_traced(run, self.branch):
+        if on_rows.replaying:
             return None
-        on_rows.passing = None
+        if on_rows.passing is not None:  # what an interrupted forward has left behind
+            on_rows.passing = None
+        if run.options.mode == "batch" or not gates_traced(run, self.branch):
+            return None
         rows = compiled.split(run, self.branch, on_rows.program)
         return None if rows is None else on_rows.enter(given, lambda _: rows, run.step.phase is Phase.FREEZE)
 
@@ -164,6 +167,7 @@ class GateHook(RunHook):
         self.branch = branch
         self.point = point
         self.on_rows = on_rows
+        self.switch = run.switches[branch]
 
     def gate(self, module: nn.Module, *given: Any) -> Any:
         """Mask the output; None leaves it as it is."""
@@ -205,15 +209,20 @@ class GateHook(RunHook):
         return gated if x is output else trees.with_tensor(output, self.point.leaf, gated)
 
     def gate_traced(self, module: nn.Module, *given: Any) -> Any:
-        """The same in one graph for all masks, none of which is looked at."""
-        run, on_rows, phase, output = self.run, self.on_rows, self.run.step.phase, given[-1]
-        if (on_rows is not None and on_rows.replaying) or not gates_traced(run, self.branch):
+        """The same in one graph for all masks, none of which is looked at, or in that of a switch."""
+        run, on_rows, output = self.run, self.on_rows, given[-1]
+        if on_rows is not None and on_rows.replaying:
             return None
-        now = run.compiled
+        entered = on_rows is not None and on_rows.passing is not None
+        if not entered and parts.switched(run, self.switch) and parts.counted(id(run)):
+            return self._gate_switched(given)
+        if not gates_traced(run, self.branch):
+            return None
+        now, phase = run.compiled, run.step.phase
         assert now is not None
         x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
         keep_prob = now.keep_probs[self.branch] if now.keep_probs is not None else None
-        if on_rows is not None and on_rows.passing is not None:
+        if on_rows is not None and entered:
             gated = compiled.marked(run, self.branch, leave(on_rows, phase, x, keep_prob))
         else:
             source = next(trees.tensors(given)) if self.point.of_block else None
@@ -221,6 +230,17 @@ class GateHook(RunHook):
             keep = gates.broadcast_rows(compiled.in_graph(now.masks[self.branch], x.device), x, self.point)
             gated = gates.gate(phase, keep, x, source, keep_prob)
         return trees.with_tensor(output, self.point.leaf, gated)
+
+    def _gate_switched(self, given: tuple[Any, ...]) -> Any:
+        switch, output = self.switch, given[-1]
+        if parts.visible(id(self.run)):
+            switch.reached = True
+        if switch.does is None:
+            return None
+        phase, keep = switch.does
+        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        source = next(trees.tensors(given)) if self.point.of_block else None
+        return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, switch.keep_prob))
 
 
 class IdleHook(RunHook):
@@ -250,6 +270,7 @@ class CutHook(RunHook):
         super().__init__(run, self.cut, self.cut_traced)
         self.branch = branch
         self.point = point
+        self.switch = run.switches[branch]
 
     def cut(self, module: nn.Module, *given: Any) -> Any:
         """Stop the gradients of what does not learn; None leaves the tensor as it is."""
@@ -267,8 +288,9 @@ class CutHook(RunHook):
         return self._cut(given, lambda x: True if all_kept else forward.keep(self.branch, x.device), sent)
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
-        """The same in one graph for all masks."""
-        compiled.ready(id(self.run))
+        """The same in one graph for all masks, or in that of a switch."""
+        if parts.switched(self.run, self.switch):
+            return self._cut(given, lambda _: True, compiled.in_graph) if self.switch.cuts else None
         now, phase, send = self.run.compiled, self.run.step.phase, compiled.in_graph
         if now is None or phase is not Phase.FREEZE or not self.run.blocks[self.branch].training:
             return None
@@ -305,8 +327,8 @@ def leave(on_rows: BranchOnRows, phase: Phase, x: Tensor, keep_prob: float | Ten
 
 def gates_traced(run: Run, branch: int) -> bool:
     """Is a branch gated in the graph that is being traced?"""
-    compiled.ready(id(run))
-    if run.compiled is None or not torch.is_grad_enabled() or not run.blocks[branch].training:
+    parts.ready(id(run))
+    if run.compiled is None or not parts.learns(run) or not run.blocks[branch].training:
         return False
     compiled.traced(id(run), branch)
     return run.step.phase in run.gated_phases

@@ -7,6 +7,7 @@ optimizers end its steps.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -25,13 +26,14 @@ from rdp.errors import ForwardError
 from rdp.inputs import Rows
 from rdp.options import Options
 from rdp.phases import Phase
-from rdp.training import compiled, gates
+from rdp.training import compiled, gates, parts, switches
 from rdp.training.cycles import Cycles
 from rdp.training.drawing import drawn
 from rdp.training.first_cycle import FirstCycle
 from rdp.training.frozen import Frozen, Probes, Slot, slots
 from rdp.training.recomputation import Calls
 from rdp.training.step import Draw, Forward, next_node
+from rdp.training.switches import Switch
 from rdp.training.watch import Watch
 
 
@@ -70,6 +72,8 @@ class Run:
         attached: False once the hooks have been taken out of the model.
         compiled: What compiled code is given of the forward that runs; None outside of one.
         compiles: Was a part of the model seen to be compiled?
+        switches: By branch, what its gates do, for parts that are compiled in batch mode.
+        counted: Which graph was traced last, and how many gates of it are switched.
         graphs: Torch's limit of graphs, while another is set.
         pauses: How many `paused` contexts are open.
         optimizers: The wrapped ones, each of which has to step before the step is over.
@@ -100,6 +104,8 @@ class Run:
         self.attached, self.several, self.pauses = True, False, 0
         self.compiled: compiled.Given | None = None
         self.compiles = False
+        self.switches: defaultdict[int, Switch] = defaultdict(Switch)
+        self.counted: tuple[object, int] = (None, 0)
         self.graphs: int | None = None
         self.optimizers: list[Stepper] = []
         self.held: dict[str, Tensor] = {}
@@ -178,8 +184,10 @@ class Run:
         """
         refusals.check_attached_one(module, self.model)
         calls, forward, in_backward = self.calls, None, torch._C._current_graph_task_id() != -1
-        if calls.running and not in_backward:
-            calls.forget_interrupted(module)
+        if not in_backward:
+            self.compiled = None  # a backward that raised has left it
+            if calls.running:
+                calls.forget_interrupted(module)
         try:
             if self.pauses or not module.training or not torch.is_grad_enabled():
                 return
@@ -196,11 +204,11 @@ class Run:
             forward = self.begin_forward(refusals.count_rows(self.rows, (args, kwargs), self.options.mode))
             forward.running, forward.nodes = True, (next_node(), 0)
             self.first.called((args, kwargs), forward)
-            self.compiled = compiled.for_parts(self, forward.masks)
+            self.compiled = parts.given(self, forward)
         finally:
             calls.running.append(forward)  # in any case, since `end` is called even after an error
             if self.compiles:
-                compiled.allow_graphs(self)
+                parts.allow_graphs(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -247,11 +255,12 @@ class Run:
     @_disable_dynamo
     def end(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The model has returned, or raised; returns its output in another form, or None to leave it."""
-        compiled.over(self)
+        parts.over(self)
         forward = self.calls.running.pop() if self.calls.running else None
         if forward is None or not forward.running:  # which is over already where it was recomputed
             self.watch.evaluations += not (self.pauses or module.training)
             return None
+        forward.reached |= switches.reached(self) if self.compiles else set()
         self.watch.reached |= forward.reached
         forward.running, forward.nodes = False, (forward.nodes[0], next_node())
         if sys.exception() is not None and id(sys.exception()) != forward.handling:

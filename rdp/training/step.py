@@ -125,6 +125,7 @@ class Step:
         settled: Those that counted when an optimizer was last about to step.
         stepped: The optimizers that have stepped; plain ones, since one may be wrapped again.
         agreed: Bool `Tensor[branches]`: those that are live on any rank; None before the ranks have agreed.
+        comes: Called with a forward when a backward comes to it, and with None when that is over.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Step:
         self.settled: list[Forward] = []
         self.stepped: list[Optimizer] = []
         self.agreed: Tensor | None = None
+        self.comes: Callable[[Forward | None], object] = bool
         self._probes = probes
         self._backward, self._creates_graph = -1, False
         self._before: Gradients = []
@@ -196,6 +198,7 @@ class Step:
             queue(lambda: queue(self._backward_ends))
         if forward not in self._reached:
             self._reached.append(forward)
+            self.comes(forward)
 
     def counted(self) -> list[Forward]:
         """The forwards that count, as far as can be told now."""
@@ -223,6 +226,7 @@ class Step:
         return any(self._after) and not any(old is not None and old == new for old, new in pairs)
 
     def _backward_ends(self) -> None:
+        self.comes(None)
         self._after = self._probes.gradients()
         taught = self._after != self._before
         # Where gradients are differentiated again, the backward does not come by the end of their forward.

@@ -37,6 +37,10 @@ class Watch:
         """The branches that are gated in compiled code, whose calls cannot be seen one by one."""
         self.dense_in_graph = False
         """Does a graph run all rows of a branch that could run on some of them?"""
+        self.whole = self.crowded = False
+        """In batch mode: is the model compiled as a whole, or a part of it with too many gates to choose by?"""
+        self.unseen = False
+        """Are there graphs that cannot tell which branches they gate?"""
         self.known: frozenset[str] = frozenset()
         """Names of the parameters that there were when the branches were found."""
         self.learnt: dict[Phase, tuple[list[int], int]] = {}
@@ -84,6 +88,20 @@ class Watch:
                 "compiled code runs all rows of every branch, since the number of undropped rows differs from one "
                 'forward to the next: it learns the same and saves no work. Attach with sampling="fixed" for graphs '
                 "that run some of the rows",
+            )
+        if self.whole:
+            self.warn(
+                "whole",
+                "in batch mode the model is compiled as a whole, for which graphs without its dropped branches would "
+                "be too many: it runs them all, learns the same and saves no work. Compile its blocks instead, each by "
+                "itself: for block in model.blocks: block.compile()",
+            )
+        if self.crowded:
+            self.warn(
+                "crowded",
+                "in batch mode a compiled part of the model has so many branches that graphs without the dropped ones "
+                "would be too many: compiled code runs them all, learns the same and saves no work. Compile smaller "
+                "parts, of one or two branches each",
             )
 
     def counts(self, step: Step, frozen: Frozen) -> None:

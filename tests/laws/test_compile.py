@@ -125,8 +125,11 @@ def test_a_model_compiled_and_called_before_attach_still_drops():
 
 
 @pytest.mark.parametrize(("mode", "sampling"), [("row", "bernoulli"), ("row", "fixed"), ("batch", "bernoulli")])
-def test_blocks_compiled_one_by_one_make_two_graphs_each_in_fifty_steps(mode, sampling):
-    """Regional compilation: one graph for DROP and one for FREEZE in each block, whatever the masks are."""
+def test_blocks_compiled_one_by_one_make_two_or_three_graphs_each_in_fifty_steps(mode, sampling):
+    """Regional compilation: one graph for DROP and one for FREEZE in each block, whatever the masks are.
+
+    In batch mode one in which the branch is dropped, one in which it is frozen, and one in which it is as ever.
+    """
     case = Case(BlockMLP, (("plain", "norm", "plain"),), mode=mode, sampling=sampling, decay="constant", seed=3)
     model = case.model()
     reference = copy.deepcopy(model)
@@ -140,7 +143,7 @@ def test_blocks_compiled_one_by_one_make_two_graphs_each_in_fifty_steps(mode, sa
         if step < 6 or step > 46:
             torch.testing.assert_close(output, case.oracle(reference, x, handle.masks, handle.phase))
         handle.advance()
-    assert [backend.made for backend in graphs] == [2] * len(graphs)
+    assert [backend.made for backend in graphs] == [3 if mode == "batch" else 2] * len(graphs)
 
 
 class InnerMLP(nn.Module):
@@ -355,6 +358,28 @@ for users in (True, False):
 def test_torch_has_its_setting_back_when_no_model_is_attached():
     # In a process of its own: here, models of other tests may still be attached.
     subprocess.run([sys.executable, "-W", "ignore", "-c", SETTING], check=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+@pytest.mark.parametrize("by_block", [False, True], ids=["rows, whole", "batch, by block"])
+def test_cuda_graphs_do_not_replay_the_masks_of_their_recording(by_block):
+    options = {"mode": "batch"} if by_block else {"sampling": "fixed", "compute": "rows"}
+    case = Case(Transformer, ("pre_norm", 2), rate=0.25, decay="constant", seed=3, dtype=torch.float32, **options)
+    models = [case.model().cuda() for _ in range(2)]
+    handles = [case.attach(model, example_inputs=model.rows(2, 0).cuda()) for model in models]
+    wrapped = [
+        handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01)) for handle, model in zip(handles, models, strict=True)
+    ]
+    for part in models[0].body if by_block else models[:1]:
+        part.compile(mode="reduce-overhead")
+    for step in range(40):
+        torch.compiler.cudagraph_mark_step_begin()
+        for model, optimizer in zip(models, wrapped, strict=True):
+            loss(model(model.rows(8, step).cuda()).cpu()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

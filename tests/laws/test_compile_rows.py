@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 
 import pytest
 import timm
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
+from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 
 import rdp
 from laws.architectures import Architecture, TorchTransformer, Transformer
+from laws.graphs import counted, none_was_left_to_python
 from laws.strategies import Case
 from laws.training import loss
 
@@ -93,25 +90,8 @@ def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it)
             model.train()
     assert handle.check().ok
     # More graphs are asked for than torch makes for the code of one class, and none is done without.
-    assert not counters["graph_break"]
-    assert "unimplemented" not in counters
+    assert none_was_left_to_python()
     assert torch._dynamo.config.recompile_limit == limit
-
-
-def counted(flops: list[int]) -> Callable[..., object]:
-    """A backend that counts the work of the graphs that it runs."""
-
-    def compiler(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
-        def run(*arguments: Tensor) -> object:
-            with FlopCounterMode(display=False) as counter:
-                output = graph(*arguments)
-            flops[0] += counter.get_total_flops()
-            return output
-
-        return make_boxed_func(run)
-
-    # The default backend's way to part forward and backward: what is cheap is computed again.
-    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
 
 
 SIZES = {
@@ -179,15 +159,6 @@ def test_numbers_of_rows_that_differ_run_dense_in_graphs_and_that_is_said_once()
     texts = [str(each.message) for each in told if issubclass(each.category, rdp.RdpWarning)]
     assert len(texts) == 1
     assert 'Attach with sampling="fixed" for graphs that run some of the rows' in texts[0]
-
-
-def test_batch_mode_has_nothing_to_say_of_rows():
-    case = Case(Transformer, ("pre_norm", 1), mode="batch", decay="constant", seed=3)
-    model = case.model()
-    case.attach(model, example_inputs=model.rows(2, 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", rdp.RdpWarning)
-        loss(whole(model)(model.rows(4, 0))).backward()
 
 
 @pytest.mark.parametrize("compile_it", [whole, by_block])

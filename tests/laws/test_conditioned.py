@@ -402,3 +402,16 @@ def test_without_a_branch_its_product_is_gone(block: type[Block]) -> None:
     assert dict(pruned.named_parameters()).keys() == dict(model.named_parameters()).keys() - (lost - kept)
     left = gradients(pruned, x, c)
     torch.testing.assert_close(left, {name: gradient for name, gradient in expected.items() if name in left})
+
+
+@pytest.mark.parametrize("block", [ModuleGate, AdaLNZero, GivenGate], ids=lambda block: block.__name__)
+def test_blocks_compiled_in_batch_mode(block: type[Block]) -> None:
+    """Each with graphs for what its branches do, which cut the factors as well."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Net(block).double()
+    with rdp.attach(model, 0.5, mode="batch", decay="constant", seed=5, example_inputs=batch(3)) as handle:
+        for part in model.blocks:
+            part.compile(backend="eager", fullgraph=True)
+        agree(handle, model, 6)
+    torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from rdp import Phase
 from rdp.copies import Hook
 from rdp.training.hooks import EntryHook, GateHook, LaterHook, RunHook
 from rdp.training.step import Draw, Forward
+from rdp.training.switches import Switch
 
 CASE = Case(BlockMLP, (("plain", "norm"),), rate=0.5, decay="constant", seed=3)
 
@@ -94,6 +96,7 @@ def run(forward: Forward | None, may_leave_no_graph: bool = True) -> Any:
         model=nn.Identity(),
         options=SimpleNamespace(mode="row"),
         several=not may_leave_no_graph,
+        switches=defaultdict(Switch),
     )
 
 

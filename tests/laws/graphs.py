@@ -1,0 +1,33 @@
+"""What the laws share about compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counted(flops: list[int]) -> Callable[..., object]:
+    """A backend that counts the work of the graphs that it runs."""
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
+        def run(*arguments: Tensor) -> object:
+            with FlopCounterMode(display=False) as counter:
+                output = graph(*arguments)
+            flops[0] += counter.get_total_flops()
+            return output
+
+        return make_boxed_func(run)
+
+    # The default backend's way to part forward and backward: what is cheap is computed again.
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+
+
+def none_was_left_to_python() -> bool:
+    """Did torch make all the graphs that it was asked for? Past its limit it runs Python, in silence."""
+    return not counters["graph_break"] and "unimplemented" not in counters
