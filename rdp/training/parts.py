@@ -79,7 +79,11 @@ def learns(run: Run) -> bool:
 
 @compiled.constant
 def checkpointed(run: int) -> bool:
-    """Is a part being traced in the first run of a checkpoint with use_reentrant=True, which has no gradients?"""
+    """Is a part being traced in the first run of a checkpoint with use_reentrant=True, which has no gradients?
+
+    Torch does not guard that: a part that is called in both ways in one model, so and under `torch.no_grad()`, has one
+    graph for both, that of the first call.
+    """
     return bool(compiled.run_of(run).calls.running) and any(map(frames.is_autograd_function, frames.callers()))
 
 
