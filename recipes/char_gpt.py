@@ -13,11 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
-from data.text import TextLoader, read_python
-from engine import Config, Range, RunError, World, main, parse, train
-from torch import Tensor, nn
-from torch.nn import functional
+from engine import Config, Range, RunError, command_line, interruptible, parse
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,24 @@ class CharGptConfig(Config):
     """Label smoothing of the training loss."""
     limit_test: Annotated[int | None, Range(1)] = 512
     """Windows that are tested on, spread evenly over the test text."""
+
+
+def configure(args: list[str]) -> CharGptConfig:
+    """Read the command line."""
+    return parse(CharGptConfig, args)
+
+
+if __name__ == "__main__":
+    config = command_line(configure)  # before what takes seconds to import
+
+with interruptible():
+    import torch
+    from data.text import TextLoader, read_python
+    from engine.launch import World
+    from engine.main import main
+    from engine.train import train
+    from torch import Tensor, nn
+    from torch.nn import functional
 
 
 class Attention(nn.Module):
@@ -113,11 +127,6 @@ class CharGpt(nn.Module):
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
-def configure(args: list[str]) -> CharGptConfig:
-    """Read the command line."""
-    return parse(CharGptConfig, args)
-
-
 def run(config: CharGptConfig, seed: int, world: World) -> None:
     """Train one seed."""
     if world.size > 1:
@@ -134,4 +143,4 @@ def run(config: CharGptConfig, seed: int, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(configure, run)
+    main(config, run)

@@ -16,9 +16,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from engine import Config, Range, World, main, make_model, open_loaders, parse, train
-from torch import Tensor, nn
-from torch.nn import functional
+from engine import Config, Range, command_line, interruptible, parse
 
 Preset = Literal["paper", "ffcv-16ep", "ffcv-24ep", "ffcv-32ep", "ffcv-40ep", "ffcv-56ep", "ffcv-88ep"]
 PIXELS = Range(1, most=4096)
@@ -112,6 +110,19 @@ def configure(args: list[str]) -> ImagenetConfig:
     return parse(ImagenetConfig, args, default=PRESETS.get(preset))
 
 
+if __name__ == "__main__":
+    config = command_line(configure)  # before what takes seconds to import
+
+with interruptible():
+    from engine.launch import World
+    from engine.loaders import open_loaders
+    from engine.main import main
+    from engine.model import make_model
+    from engine.train import train
+    from torch import Tensor, nn
+    from torch.nn import functional
+
+
 class BlurredConv2d(nn.Module):
     """A convolution on a blurred image, so that its stride does not alias."""
 
@@ -158,4 +169,4 @@ def run(config: ImagenetConfig, seed: int, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(configure, run)
+    main(config, run)

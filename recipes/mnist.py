@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine import Config, World, main, make_model, open_loaders, parse, train
+from engine import Config, command_line, interruptible, parse
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ def configure(args: list[str]) -> MnistConfig:
     return parse(MnistConfig, args, default=QUICK if "--quick" in args else None)
 
 
+if __name__ == "__main__":
+    config = command_line(configure)  # before what takes seconds to import
+
+with interruptible():
+    from engine.launch import World
+    from engine.loaders import open_loaders
+    from engine.main import main
+    from engine.model import make_model
+    from engine.train import train
+
+
 def run(config: MnistConfig, seed: int, world: World) -> None:
     """Train one seed."""
     with open_loaders(config, seed, world) as (train_data, test_data):
@@ -58,4 +69,4 @@ def run(config: MnistConfig, seed: int, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(configure, run)
+    main(config, run)

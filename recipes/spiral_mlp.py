@@ -23,35 +23,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import engine  # first: Ctrl-C ends its imports, and those take the seconds
-import torch
 import tyro
-from engine import Range, RunError
-from engine.cost import image_flops, relative_flops
-from engine.errors import explained
-from engine.interrupt import Action, Interrupts
-from engine.one_process import finish, load, open_run, save
-from engine.output import best_effort_output
+from engine import Range, RunError, command_line, explained, interruptible
 from engine.ranges import check_ranges
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
-from tqdm import tqdm
-
-import rdp
-from rdp.analysis import FeatureReuse, Lesions, extract_features, feature_reuse, grid, lesions, spiral
-from rdp.tensorboard import Events, Panels, lesion_panel, png
-
-CHECKPOINT_MINUTES = 1 / 6
-
-GRID = 50
-"""Side of the grid of points on which features are compared and drawn."""
-
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "standard": {"phases": (rdp.Phase.PLAIN,)},
-    "droppath": {"phases": (rdp.Phase.DROP,), "scale_by_keep": True},
-    "rdp": {"phases": (rdp.Phase.DROP, rdp.Phase.FREEZE)},
-}
-"""What `rdp.attach` is told."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +75,55 @@ PRESETS = {
 }
 
 
+def configure(args: Sequence[str] | None = None) -> Config:
+    """Read the command line: the preset, and over it whatever else is given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="quick")
+    preset = first.parse_known_args(args)[0].preset
+    config = tyro.cli(Config, args=args, default=PRESETS[preset], description=__doc__)
+    untouched = dataclasses.replace(PRESETS[config.preset], preset="quick", resume=config.resume)
+    given = [f.name for f in fields(Config) if getattr(config, f.name) != getattr(untouched, f.name)]
+    if config.resume is not None and given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RunError(f"--resume takes the settings that the run was started with: leave out {options}")
+    check_ranges(config)
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise RunError(f"--betas must be two numbers, each at least 0 and below 1, not {config.betas}")
+    return config
+
+
+if __name__ == "__main__":
+    config = command_line(configure)  # before what takes seconds to import
+
+with interruptible():
+    import torch
+    from engine.config import Config as EngineConfig
+    from engine.cost import image_flops, relative_flops
+    from engine.interrupt import Action, Interrupts
+    from engine.launch import World
+    from engine.one_process import finish, load, open_run, save
+    from engine.output import best_effort_output
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy, pad
+    from tqdm import tqdm
+
+    import rdp
+    from rdp.analysis import FeatureReuse, Lesions, extract_features, feature_reuse, grid, lesions, spiral
+    from rdp.tensorboard import Events, Panels, lesion_panel, png
+
+CHECKPOINT_MINUTES = 1 / 6
+
+GRID = 50
+"""Side of the grid of points on which features are compared and drawn."""
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "standard": {"phases": (rdp.Phase.PLAIN,)},
+    "droppath": {"phases": (rdp.Phase.DROP,), "scale_by_keep": True},
+    "rdp": {"phases": (rdp.Phase.DROP, rdp.Phase.FREEZE)},
+}
+"""What `rdp.attach` is told."""
+
+
 class ResidualMLP(nn.Module):
     """`depth` layers `x + gelu(linear(x))`; the input is padded with zeros to `width`, so that every layer has a
     shortcut and the network could carry its input to the end in identity form.
@@ -143,7 +166,7 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
     points, labels = (t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed))
     test_set = [t.to(config.device) for t in spiral(config.samples, seed=2 * config.seed + 1)]
     first = points[: config.batch_size], labels[: config.batch_size]
-    relative = relative_flops(model, engine.Config(algorithm=algorithm, rate=config.rate), *first)
+    relative = relative_flops(model, EngineConfig(algorithm=algorithm, rate=config.rate), *first)
     point_flops = image_flops(model, *first)
     handle = rdp.attach(model, config.rate, seed=config.seed, example_inputs=points, **ALGORITHMS[algorithm])
     optimizer = handle.wrap(torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas))
@@ -176,7 +199,7 @@ def train(algorithm: str, config: Config, folder: Path) -> Result:
             settings={**dataclasses.asdict(config), "algorithm": algorithm},
         ) as panels,
     ):
-        with Interrupts(CHECKPOINT_MINUTES, engine.World(torch.device(config.device))) as interrupts:
+        with Interrupts(CHECKPOINT_MINUTES, World(torch.device(config.device))) as interrupts:
 
             def pause(save_anyway: bool = False) -> None:
                 action = interrupts.poll()
@@ -231,30 +254,12 @@ def test(model: nn.Module, points: Tensor, labels: Tensor) -> float:
     return right
 
 
-def configure(args: Sequence[str] | None = None) -> Config:
-    """Read the command line: the preset, and over it whatever else is given."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="quick")
-    preset = first.parse_known_args(args)[0].preset
-    config = tyro.cli(Config, args=args, default=PRESETS[preset], description=__doc__)
-    untouched = dataclasses.replace(PRESETS[config.preset], preset="quick", resume=config.resume)
-    given = [f.name for f in fields(Config) if getattr(config, f.name) != getattr(untouched, f.name)]
-    if config.resume is not None and given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise RunError(f"--resume takes the settings that the run was started with: leave out {options}")
-    check(config)
-    return config
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot be trained, before anything is written."""
-    check_ranges(config)
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise RunError(f"--betas must be two numbers, each at least 0 and below 1, not {config.betas}")
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before anything is written."""
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise RunError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def report(results: dict[str, Result], config: Config, folder: Path) -> str:
@@ -276,13 +281,18 @@ def report(results: dict[str, Result], config: Config, folder: Path) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Result]:
+    """Run the recipe with these arguments."""
+    return run(configure(args))
+
+
+def run(config: Config) -> dict[str, Result]:
     """Run the recipe and print its report.
 
     Raises:
         RunError: something is wrong that the user can put right.
         SystemExit: a signal came; the run is saved.
     """
-    config = configure(args)
+    check_device(config.device)
     folder = config.resume or config.out or Path("runs", "spiral_mlp", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     with open_run(folder, config, resume=config.resume is not None) as config:
         torch.set_num_threads(1)  # a layer of this size is done before a second thread has woken up
@@ -297,4 +307,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, Result]:
 
 if __name__ == "__main__":
     with best_effort_output(), explained(less="choose a smaller --batch-size, or fewer --samples"):
-        main()
+        run(config)

@@ -16,19 +16,13 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import timm
-import torch
+import project_paths  # noqa: F401
 import tyro
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import stochastic_depth
-from tqdm import tqdm
-
-import rdp
+from engine import explained, interruptible
 
 
 @dataclass
@@ -56,11 +50,27 @@ class Args:
     """How many DROP and FREEZE steps FLOPs and memory are averaged over."""
     rivals: bool = True
     """Also time timm's DropPath, torchvision's StochasticDepth and the multiplication by a mask."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     json_file: Path | None = None
     """Also write the rows here."""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import timm
+    import torch
+    from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.ops import stochastic_depth
+    from tqdm import tqdm
+
+    import rdp
 
 
 @dataclass
@@ -277,6 +287,8 @@ def table(rows: list[Row]) -> str:
 def main(args: Args) -> None:
     """Measure, print, and write."""
     rows: list[Row] = []
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     for name in args.models:
         rows += measure(name, args)
         if args.json_file is not None:
@@ -287,4 +299,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose fewer or smaller --models, or a smaller --batch-size"):
+        main(args)

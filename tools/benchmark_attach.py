@@ -15,13 +15,9 @@ import time
 import warnings
 from dataclasses import dataclass
 
-import timm
-import torch
+import project_paths  # noqa: F401
 import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import rdp
+from engine import explained, interruptible
 
 
 @dataclass
@@ -39,6 +35,19 @@ class Args:
     """timm models."""
     batch_size: int = 64
     """Of the example inputs, of which `attach` uses two rows."""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import timm
+    import torch
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    import rdp
 
 
 def build(name: str) -> nn.Module:
@@ -105,4 +114,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose fewer or smaller --models, or a smaller --batch-size"):
+        main(args)

@@ -13,19 +13,27 @@ import warnings
 from dataclasses import dataclass
 
 import project_paths  # noqa: F401
-import torch
 import tyro
-from device.launches import WAYS, added
-from device.programs import MODELS
-from device.simulated import is_supported
+from engine import explained, interruptible
 
 
 @dataclass
 class Args:
     """Options."""
 
-    models: tuple[str, ...] = tuple(MODELS)
-    """Tiny ones of these kinds."""
+    models: tuple[str, ...] = ()
+    """Tiny ones of these kinds; all, if there are none."""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import torch
+    from device.launches import WAYS, added
+    from device.programs import MODELS
+    from device.simulated import is_supported
 
 
 def main(args: Args) -> None:
@@ -38,10 +46,11 @@ def main(args: Args) -> None:
     print(f"torch {torch.__version__}, launches that a branch adds, DROP / FREEZE\n")
     print(f"| model | {' | '.join(WAYS)} |")
     print(f"|---|{'---:|' * len(WAYS)}")
-    for name in args.models:
+    for name in args.models or MODELS:
         cells = ["{:+.1f} / {:+.1f}".format(*added(name, way)) for way in WAYS]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose fewer --models"):
+        main(args)

@@ -16,27 +16,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import project_paths  # noqa: F401
-import torch
 import tyro
-from data import make_loader
-from data.beton_writer import ArraySource, FolderSource, write_beton
+from data import LoaderChoice
 from data.cpus import cpus_of_a_process
-from data.datasets import DATASETS, Arrays
-from data.ffcv_loader import FFCVLoader, ffcv_is_installed
-from data.folder import read_folder
-from data.loader import LoaderChoice
-from data.memory_loader import MemoryLoader
-from data.sampling import Sampler, subset
-from data.transforms import Crop, Pixels
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from tqdm import tqdm
-
-Epoch = Callable[[], Iterable[object]]
+from engine import explained, interruptible
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,30 @@ class Config:
     """timed epochs of each loader, in turns; the table shows medians"""
     workers: int = cpus_of_a_process()
     """threads or processes of each loader"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Config, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import numpy as np
+    import torch
+    from data.beton_writer import ArraySource, FolderSource, write_beton
+    from data.datasets import DATASETS, Arrays
+    from data.ffcv_loader import FFCVLoader, ffcv_is_installed
+    from data.folder import read_folder
+    from data.loader import make_loader
+    from data.memory_loader import MemoryLoader
+    from data.sampling import Sampler, subset
+    from data.transforms import Crop, Pixels
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+    from tqdm import tqdm
+
+Epoch = Callable[[], Iterable[object]]
 
 
 class PILImages(Dataset[tuple[torch.Tensor, int]]):
@@ -190,4 +198,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with explained(less="choose fewer --photographs"):
+        main(args)

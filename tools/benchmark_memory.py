@@ -13,20 +13,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import timm
-import torch
+import project_paths  # noqa: F401
 import tyro
-from benchmark import SavedBytes
-from torch import Tensor, nn
-
-import rdp
-
-WAYS: dict[str, dict[str, Any]] = {
-    "row": {},
-    'row, sampling="fixed"': {"sampling": "fixed"},
-    'row, compute="dense"': {"compute": "dense"},
-    "batch": {"mode": "batch"},
-}
+from engine import explained, interruptible
 
 
 @dataclass
@@ -41,6 +30,26 @@ class Args:
     """The same for all branches."""
     cycles: int = 3
     """Of DROP and FREEZE, each with other masks."""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import timm
+    import torch
+    from benchmark import SavedBytes
+    from torch import Tensor, nn
+
+    import rdp
+
+WAYS: dict[str, dict[str, Any]] = {
+    "row": {},
+    'row, sampling="fixed"': {"sampling": "fixed"},
+    'row, compute="dense"': {"compute": "dense"},
+    "batch": {"mode": "batch"},
+}
 
 
 def build(name: str, args: Args) -> nn.Module:
@@ -90,4 +99,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose fewer or smaller --models, or a smaller --batch-size"):
+        main(args)

@@ -14,13 +14,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import timm
-import torch
+import project_paths  # noqa: F401
 import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import rdp
+from engine import explained, interruptible
 
 
 @dataclass
@@ -36,6 +32,19 @@ class Args:
     model: str = "resnet50"
     """A timm model whose plain step the overhead is compared with; "" for none."""
     resolution: int = 224
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import timm
+    import torch
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    import rdp
 
 
 class Tiny(nn.Module):
@@ -116,4 +125,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose a smaller --model or --batch-size"):
+        main(args)

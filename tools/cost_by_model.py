@@ -17,17 +17,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import project_paths  # noqa: F401
-import timm
-import torch
 import tyro
-from models.semantics import tensors
-from models.zoo import timm_models
-from models.zoo_entry import Entry
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
-import rdp
+from engine import explained, interruptible
 
 
 @dataclass
@@ -40,6 +31,23 @@ class Args:
     """Even: two rows are repeated."""
     cycles: int = 8
     rate: float = 0.1
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import timm
+    import torch
+    from models.semantics import tensors
+    from models.zoo import timm_models
+    from models.zoo_entry import Entry
+    from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
+    from tqdm import tqdm
+
+    import rdp
 
 
 def flops(model: nn.Module, inputs: dict[str, Tensor], backward: bool = True) -> int:
@@ -108,4 +116,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose a smaller --batch-size"):
+        main(args)

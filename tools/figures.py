@@ -19,48 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import project_paths  # noqa: F401
-import torch
 import tyro
-from comparison import comparison_figure, grouped, read_runs, save, table
-from spiral_mlp import GRID, ResidualMLP
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from torch import Tensor
-
-import rdp
-from rdp.analysis import extract_features, grid, spiral
-from rdp.tensorboard import Image, Layer, feature_film, feature_panel, layer_of, png, similarity_panel
-
-Checkpoint = dict[str, Any]
-
-
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint of the recipe."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"cannot read the checkpoint {path}: {error}") from error
-    if not isinstance(state, dict) or "snapshots" not in state:
-        raise SystemExit(f"{path} is no checkpoint of recipes/spiral_mlp.py")
-    return state
-
-
-def features_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> tuple[ResidualMLP, list[Tensor]]:
-    """The network with the given parameters, and its features on the grid, each `Tensor[2500, width]`."""
-    model = ResidualMLP(checkpoint["depth"], checkpoint["width"])
-    model.load_state_dict(state)
-    with rdp.attach(model, rate=0, example_inputs=grid(GRID)) as handle:
-        return model, list(extract_features(handle, grid(GRID)).values())
-
-
-def layers_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[Layer]:
-    """The layers of the feature panel of the network with the given parameters."""
-    model, features = features_of(checkpoint, state)
-    weights = [None, *(layer[0].weight for layer in model.layers)]
-    names = ["input", *[""] * len(model.layers)]
-    return [
-        layer_of(values, GRID, weights=weight, name=name)
-        for values, weight, name in zip(features, weights, names, strict=True)
-    ]
+from engine import explained, interruptible
+from engine.command import later
 
 
 def draw(checkpoint: tyro.conf.Positional[Path], out: Path = Path("figures")) -> None:
@@ -134,6 +95,54 @@ def pictures(run: tyro.conf.Positional[Path], out: Path = Path("figures")) -> No
         print(path)
 
 
+if __name__ == "__main__":
+    commands = {"draw": later(draw), "compare": later(compare), "pictures": later(pictures)}
+    run = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)  # before what takes seconds to import
+
+with interruptible():
+    import torch
+    from comparison import comparison_figure, grouped, read_runs, save, table
+    from spiral_mlp import GRID, ResidualMLP
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from torch import Tensor
+
+    import rdp
+    from rdp.analysis import extract_features, grid, spiral
+    from rdp.tensorboard import Image, Layer, feature_film, feature_panel, layer_of, png, similarity_panel
+
+Checkpoint = dict[str, Any]
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint of the recipe."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(state, dict) or "snapshots" not in state:
+        raise SystemExit(f"{path} is no checkpoint of recipes/spiral_mlp.py")
+    return state
+
+
+def features_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> tuple[ResidualMLP, list[Tensor]]:
+    """The network with the given parameters, and its features on the grid, each `Tensor[2500, width]`."""
+    model = ResidualMLP(checkpoint["depth"], checkpoint["width"])
+    model.load_state_dict(state)
+    with rdp.attach(model, rate=0, example_inputs=grid(GRID)) as handle:
+        return model, list(extract_features(handle, grid(GRID)).values())
+
+
+def layers_of(checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[Layer]:
+    """The layers of the feature panel of the network with the given parameters."""
+    model, features = features_of(checkpoint, state)
+    weights = [None, *(layer[0].weight for layer in model.layers)]
+    names = ["input", *[""] * len(model.layers)]
+    return [
+        layer_of(values, GRID, weights=weight, name=name)
+        for values, weight, name in zip(features, weights, names, strict=True)
+    ]
+
+
 def write(pictures: dict[str, Image], out: Path) -> None:
     """Write PNG files and say where."""
     try:
@@ -146,4 +155,5 @@ def write(pictures: dict[str, Image], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"draw": draw, "compare": compare, "pictures": pictures}, description=__doc__)
+    with explained():
+        run()

@@ -19,19 +19,72 @@ from pathlib import Path
 from typing import Annotated
 
 import project_paths  # noqa: F401
-import torch
 import tyro
-from models.found import find
-from models.semantics import check_gating
-from models.table import BEGIN, END, Row, markdown
-from models.zoo import zoo
-from models.zoo_entry import Entry, drops_paths
-from tqdm import tqdm
+from engine import explained, interruptible
+from engine.command import later
 
-from rdp.discovery import forwards
-from rdp.discovery.graph import Graph
-from rdp.discovery.residuals import find_residuals
-from rdp.discovery.trace import Trace
+
+def main(
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FAMILY")] = (),
+    discover_only: bool = False,
+    results: Path = Path("coverage.jsonl"),
+    write: Path | None = None,
+) -> None:
+    """Run discovery, and the semantic check, on every model of the zoo.
+
+    Args:
+        only: Families, packages or models to which to confine the run.
+        discover_only: Leave the semantic check out.
+        results: Where finished rows are kept; delete it to start anew.
+        write: Replace the table in this document; by default it is printed.
+    """
+    if write is not None:
+        if only:
+            sys.exit(f"--only is a part of the table, and --write would put it in place of the whole in {write}")
+        _split(write)  # ten minutes are too late to learn that it has no place
+    torch.set_num_threads(1)
+    entries = [e for e in zoo() if not only or {e.family, e.source, e.name} & set(only)]
+    if unknown := set(only) - {name for e in entries for name in (e.family, e.source, e.name)}:
+        sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tests/models/zoo.py")
+    done = _read(results)
+    with results.open("a") as stream:
+        for entry in (bar := tqdm(entries, disable=None)):
+            bar.set_postfix_str(entry.key)
+            known = done.get(entry.key)
+            finished = known or row(entry)
+            if not discover_only and entry.check and finished.branches and not finished.check:
+                finished = replace(finished, check=verdict(entry))
+            if not discover_only and entry.check and finished.branches and finished.rows is None:
+                rows, default = on_rows(entry)
+                finished = replace(finished, rows=rows, default=default)
+            if finished != known:
+                done[entry.key] = finished
+                stream.write(json.dumps(asdict(finished)) + "\n")
+                stream.flush()
+    table = markdown([done[entry.key] for entry in entries])
+    if write is None:
+        print(table)
+        return
+    before, after = _split(write)
+    write.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    run = tyro.cli(later(main), description=__doc__)  # before what takes seconds to import
+
+with interruptible():
+    import torch
+    from models.found import find
+    from models.semantics import check_gating
+    from models.table import BEGIN, END, Row, markdown
+    from models.zoo import zoo
+    from models.zoo_entry import Entry, drops_paths
+    from tqdm import tqdm
+
+    from rdp.discovery import forwards
+    from rdp.discovery.graph import Graph
+    from rdp.discovery.residuals import find_residuals
+    from rdp.discovery.trace import Trace
 
 
 def own_drop_paths(entry: Entry) -> tuple[int, int] | None:
@@ -129,50 +182,6 @@ def _split(document: Path) -> tuple[str, str]:
     return text.partition(BEGIN)[0], text.partition(END)[2]
 
 
-def main(
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FAMILY")] = (),
-    discover_only: bool = False,
-    results: Path = Path("coverage.jsonl"),
-    write: Path | None = None,
-) -> None:
-    """Run discovery, and the semantic check, on every model of the zoo.
-
-    Args:
-        only: Families, packages or models to which to confine the run.
-        discover_only: Leave the semantic check out.
-        results: Where finished rows are kept; delete it to start anew.
-        write: Replace the table in this document; by default it is printed.
-    """
-    if write is not None:
-        if only:
-            sys.exit(f"--only is a part of the table, and --write would put it in place of the whole in {write}")
-        _split(write)  # ten minutes are too late to learn that it has no place
-    torch.set_num_threads(1)
-    entries = [e for e in zoo() if not only or {e.family, e.source, e.name} & set(only)]
-    if unknown := set(only) - {name for e in entries for name in (e.family, e.source, e.name)}:
-        sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tests/models/zoo.py")
-    done = _read(results)
-    with results.open("a") as stream:
-        for entry in (bar := tqdm(entries, disable=None)):
-            bar.set_postfix_str(entry.key)
-            known = done.get(entry.key)
-            finished = known or row(entry)
-            if not discover_only and entry.check and finished.branches and not finished.check:
-                finished = replace(finished, check=verdict(entry))
-            if not discover_only and entry.check and finished.branches and finished.rows is None:
-                rows, default = on_rows(entry)
-                finished = replace(finished, rows=rows, default=default)
-            if finished != known:
-                done[entry.key] = finished
-                stream.write(json.dumps(asdict(finished)) + "\n")
-                stream.flush()
-    table = markdown([done[entry.key] for entry in entries])
-    if write is None:
-        print(table)
-        return
-    before, after = _split(write)
-    write.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    with explained():
+        run()

@@ -12,19 +12,7 @@ from pathlib import Path
 
 import project_paths  # noqa: F401
 import tyro
-from matplotlib.figure import Figure
-
-from rdp.rate_schedules import early, late, linear, warmup
-
-SCHEDULES = {
-    "warmup(1000)": warmup(1000),
-    "early(1000)": early(1000),
-    "late(1000)": late(1000),
-    "linear(1000, 3000)": linear(1000, 3000),
-    "linear(3000, 0)": linear(3000, 0),
-    "warmup(500) * early(3000)": warmup(500) * early(3000),
-}
-STEPS = 4000
+from engine import explained, interruptible
 
 
 @dataclass(frozen=True)
@@ -36,6 +24,26 @@ class Arguments:
     """
 
     out: Path = Path()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Arguments, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    from matplotlib.figure import Figure
+
+    from rdp.rate_schedules import early, late, linear, warmup
+
+SCHEDULES = {
+    "warmup(1000)": warmup(1000),
+    "early(1000)": early(1000),
+    "late(1000)": late(1000),
+    "linear(1000, 3000)": linear(1000, 3000),
+    "linear(3000, 0)": linear(3000, 0),
+    "warmup(500) * early(3000)": warmup(500) * early(3000),
+}
+STEPS = 4000
 
 
 def main(arguments: Arguments) -> Path:
@@ -55,4 +63,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Arguments)))
+    with explained():
+        print(main(args))

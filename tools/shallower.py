@@ -14,22 +14,13 @@ import dataclasses
 import json
 import statistics
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import project_paths  # noqa: F401
-import torch
 import tyro
-from data import make_loader
-from spiral_mlp import ALGORITHMS
-from timm.models import VisionTransformer
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-
-import rdp
-from rdp.analysis import Lesion, Lesions, lesions
-from rdp.tensorboard import lesion_panel, png
+from engine import explained, interruptible
 
 
 @dataclass(frozen=True)
@@ -64,12 +55,29 @@ class Config:
     """Images in a step."""
     lr: float = 2e-3
     """Peak learning rate of AdamW, which falls to 0 along a line."""
-    algorithms: tuple[str, ...] = field(default=tuple(ALGORITHMS))
+    algorithms: tuple[str, ...] = ("standard", "droppath", "rdp")
     """Which of standard, droppath and rdp."""
 
     def training(self) -> dict[str, Any]:
         """What decides the numbers."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("data_dir", "out", "picture", "seeds")}
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Config, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import torch
+    from data.loader import make_loader
+    from spiral_mlp import ALGORITHMS
+    from timm.models import VisionTransformer
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+
+    import rdp
+    from rdp.analysis import Lesion, Lesions, lesions
+    from rdp.tensorboard import lesion_panel, png
 
 
 def measure(algorithm: str, seed: int, config: Config) -> Lesions:
@@ -156,4 +164,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with explained(less="choose a smaller --batch-size"):
+        main(args)

@@ -1,7 +1,14 @@
-"""The data of the recipes: data sets, and loaders that give the same batches whichever of them reads."""
+"""The data of the recipes: data sets, and loaders that give the same batches whichever of them reads.
+
+`data.loader` has `make_loader`. Nothing here takes time to import: settings name what a loader can be
+asked for.
+"""
+
+from typing import Literal
 
 from data.errors import DataError
-from data.folder_loader import lost_worker
-from data.loader import Loader, make_loader
 
-__all__ = ["DataError", "Loader", "lost_worker", "make_loader"]
+LoaderChoice = Literal["auto", "ffcv", "torch"]
+Augment = Literal["auto", "none", "crop-flip", "resized-crop-flip"]
+
+__all__ = ["Augment", "DataError", "LoaderChoice"]

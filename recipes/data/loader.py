@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from data import Augment, LoaderChoice
 from data.beton import Beton, open_beton
 from data.cpus import cpus_of_a_process
 from data.datasets import DataSet, find_dataset, read_arrays
@@ -28,9 +29,6 @@ from data.folder_loader import FolderLoader
 from data.memory_loader import MemoryLoader
 from data.sampling import Sampler, subset
 from data.transforms import Crop, Pixels
-
-LoaderChoice = Literal["auto", "ffcv", "torch"]
-Augment = Literal["auto", "none", "crop-flip", "resized-crop-flip"]
 
 
 class Loader(Protocol):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 import tyro
-from data.loader import Augment, LoaderChoice
+from data import Augment, LoaderChoice
 
 from engine.errors import RunError
 from engine.naming import named

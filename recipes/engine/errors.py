@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import torch
 from data import DataError
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-import rdp
 from engine.start import lacks_memory
 
 # A full disk, a missing permission, a path that is something else or was removed: errors of the machine, not ours.
@@ -49,10 +46,10 @@ def explained(less: str = "choose a smaller --batch-size or a larger --accumulat
     """
     try:
         yield
-    except (RunError, DataError, rdp.RdpError) as error:
+    except (RunError, DataError, *_if_imported("rdp", "RdpError")) as error:
         _exit(error, str(error))
     except (MemoryError, OSError, RuntimeError) as error:
-        if lacks_memory(error) or isinstance(error, torch.OutOfMemoryError):
+        if lacks_memory(error) or isinstance(error, _if_imported("torch", "OutOfMemoryError")):
             found = str(error).rpartition("DefaultCPUAllocator: ")[2].partition(".")[0] or "MemoryError"
             _exit(error, f"out of memory ({found}): {less}")
         if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
@@ -62,8 +59,15 @@ def explained(less: str = "choose a smaller --batch-size or a larger --accumulat
         _exit(error, "interrupted; what was saved is untouched", status=128 + signal.SIGINT)
 
 
+def _if_imported(module: str, error: str) -> tuple[type[Exception], ...]:
+    # Who has not imported torch gets none of its errors, and is not to wait for it.
+    return (getattr(sys.modules[module], error),) if module in sys.modules else ()
+
+
 def _exit(error: BaseException, sentence: str, status: int = 1) -> NoReturn:
     if LAUNCHED in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         get_error_handler().record_exception(RunError(sentence))
     else:
         print(f"error: {sentence}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Loader
+from data.loader import Loader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn

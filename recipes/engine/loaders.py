@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from data import Loader, lost_worker, make_loader
+from data.folder_loader import lost_worker
+from data.loader import Loader, make_loader
 
 from engine.config import Config
 from engine.launch import World

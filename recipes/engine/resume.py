@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data import Loader
+from data.loader import Loader
 
 from engine import checkpoint
 from engine.config import Config

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from data import Loader
+from data.loader import Loader
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

@@ -33,7 +33,7 @@ class Forked:
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         with _one_at_a_time:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["engine", "spiral_mlp"])
+            context.set_forkserver_preload(["engine.train", "mnist", "spiral_mlp"])
             self._process = context.Process(target=_become, args=(command, str(log), environment))
             self._process.start()
         assert self._process.pid is not None

@@ -10,7 +10,8 @@ import char_gpt
 import pytest
 import torch
 from char_gpt import CharGpt
-from engine import main
+from engine import command_line
+from engine.main import main
 
 import rdp
 
@@ -33,7 +34,7 @@ def test_it_learns(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--no-progress",
     ]
     monkeypatch.setattr(sys, "argv", ["x", *TINY, *settings, "--algorithm", algorithm, "--out", str(tmp_path)])
-    main(char_gpt.configure, char_gpt.run)
+    main(command_line(char_gpt.configure), char_gpt.run)
     lines = [json.loads(line) for line in (tmp_path / "seed-0" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test_loss"] < lines[0]["test_loss"] < 4.7
     result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
@@ -62,5 +63,5 @@ def test_what_cannot_be_built_is_named(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x", *wrong])
     with pytest.raises(SystemExit):
-        main(char_gpt.configure, char_gpt.run)
+        main(command_line(char_gpt.configure), char_gpt.run)
     assert said in capsys.readouterr().err

@@ -10,7 +10,8 @@ from pathlib import Path
 import cifar10
 import numpy as np
 import pytest
-from engine import main
+from engine import command_line
+from engine.main import main
 from PIL import Image
 
 
@@ -44,7 +45,7 @@ def test_it_trains_and_tests(stem: list[str], data_dir: Path, tmp_path: Path, mo
     arguments += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "20", "--device", "cpu", "--no-progress"]
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)  # it is a stand-in
     monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
-    main(cifar10.configure, cifar10.run)
+    main(command_line(cifar10.configure), cifar10.run)
     result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
     assert (result["dataset"], result["algorithm"], result["steps"]) == ("cifar10", "rdp", 10)
     assert 0 <= result["top1"] <= result["top5"] <= 100
@@ -56,7 +57,7 @@ def test_missing_data_is_one_sentence_that_says_how_to_get_it(
     none, out = tmp_path / "none", tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["cifar10.py", "--data-dir", str(none), "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
-        main(cifar10.configure, cifar10.run)
+        main(command_line(cifar10.configure), cifar10.run)
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")
@@ -78,7 +79,7 @@ def test_quick_trains_on_class_folders(algorithm: str, tmp_path: Path, monkeypat
     arguments += ["--limit-test", "20", "--epochs", "2", "--batch-size", "10", "--device", "cpu", "--no-progress"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
-    main(cifar10.configure, cifar10.run)
+    main(command_line(cifar10.configure), cifar10.run)
     (result,) = (tmp_path / "results" / "cifar10" / "resnet18").rglob("result.json")
     assert json.loads(result.read_text())["steps"] == 4
     assert result.parts[-3].startswith(("standard,", f"{algorithm}-row-0.1,"))

@@ -19,7 +19,9 @@ import torch
 from data.beton_writer import FolderSource, write_beton
 from data.folder import Folder, read_folder
 from data.folder_loader import FolderLoader
-from engine import RunError, World, checkpoint, main
+from engine import RunError, checkpoint, command_line
+from engine.launch import World
+from engine.main import main
 from imagenet_ffcv import PRESETS, ImagenetConfig, blur_strides, configure, run
 from PIL import Image
 from torch import Tensor, nn
@@ -162,7 +164,7 @@ def test_a_spoilt_beton_is_one_sentence(
     arguments = ["--data-dir", str(tmp_path), "--loader", "ffcv", "--device", "cpu", "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", *SMALL, "--devices", "1", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        main(configure, run)
+        main(command_line(configure), run)
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")
@@ -181,7 +183,7 @@ def test_a_beton_for_testing_of_other_classes_is_refused(
     arguments = ["--data-dir", str(tmp_path), "--loader", "ffcv", "--device", "cpu", "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", *SMALL, "--devices", "1", *arguments])
     with pytest.raises(SystemExit):
-        main(configure, run)
+        main(command_line(configure), run)
     assert "imagenet has 3 classes for training and 2 for testing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -202,7 +204,7 @@ def test_a_preset_of_ffcv_imagenet_runs_from_one_end_to_the_other(
     smaller += ["--epochs", "3", "--warmup-epochs", "1", "--workers", "0", "--lr", "0.01"]
     arguments = ["--data-dir", str(folder), "--loader", "torch", "--device", "cpu", "--out", str(tmp_path), *smaller]
     monkeypatch.setattr("sys.argv", ["imagenet_ffcv.py", "--preset", "ffcv-16ep", *SMALL, "--devices", "1", *arguments])
-    main(configure, run)
+    main(command_line(configure), run)
     result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
     assert (result["epochs"], result["steps"]) == (3, 12)
     grown = [(epoch, size) for epoch, images, size in sizes if images == 16]

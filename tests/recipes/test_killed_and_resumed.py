@@ -20,7 +20,9 @@ from tests.recipes.engine.test_resume import assert_same
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(Path(imagenet_ffcv.__file__).parent)!r})
-import engine, imagenet_ffcv
+import imagenet_ffcv
+from engine import command_line
+from engine.main import main
 from torch import nn
 
 def with_dropout(*arguments, **names):
@@ -30,7 +32,7 @@ def with_dropout(*arguments, **names):
 
 make_model, imagenet_ffcv.make_model = imagenet_ffcv.make_model, with_dropout
 if __name__ == "__main__":
-    engine.main(imagenet_ffcv.configure, imagenet_ffcv.run)
+    main(command_line(imagenet_ffcv.configure), imagenet_ffcv.run)
 """
 SETTINGS = ["--loader", "torch", "--workers", "2", "--device", "cpu", "--devices", "1", "--model", "test_resnet"]
 SETTINGS += ["--rate", "0.5", "--epochs", "3", "--warmup-epochs", "1", "--batch-size", "8", "--accumulate", "2"]

@@ -9,10 +9,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from data import make_loader
 from data.augment import central_boxes
 from data.beton_writer import FolderSource, write_beton
 from data.folder import read_folder
+from data.loader import make_loader
 from PIL import Image
 from torchvision.transforms import v2
 

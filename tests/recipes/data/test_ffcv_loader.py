@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import DataError, beton, make_loader
+from data import DataError, beton
 from data.beton_writer import ArraySource, FolderSource, write_beton
 from data.datasets import DATASETS, Arrays, read_arrays
 from data.ffcv_loader import FFCVLoader
 from data.folder import read_folder
 from data.folder_loader import FolderLoader
+from data.loader import make_loader
 from data.memory_loader import MemoryLoader
 from data.sampling import Sampler, subset
 from data.transforms import Crop, Pixels
@@ -210,7 +211,7 @@ def test_torchs_threads_are_left_alone(digits):
 FORKED = """
 import os, sys
 from contextlib import closing
-from data import make_loader
+from data.loader import make_loader
 
 options = {"train": False, "batch_size": 500, "device": "cpu", "data_dir": sys.argv[1], "loader": "ffcv"}
 with closing(make_loader("mnist10k", "test", **options)) as loader:

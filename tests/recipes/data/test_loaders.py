@@ -7,9 +7,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from data import DataError, make_loader
+from data import DataError
 from data.beton_writer import ArraySource, write_beton
 from data.datasets import MNIST10K, read_arrays
+from data.loader import make_loader
 from PIL import Image
 
 MEMORY = {"dataset": "mnist10k", "limit": 200, "batch_size": 48, "device": "cpu"}

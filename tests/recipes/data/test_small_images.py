@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import DataError, make_loader
+from data import DataError
 from data.beton import open_beton
 from data.beton_writer import ArraySource, write_beton
 from data.datasets import read_arrays
+from data.loader import make_loader
 from data.text import TextLoader, read_python
 from PIL import Image
 

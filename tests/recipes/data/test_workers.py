@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import DataError, lost_worker, make_loader
+from data import DataError
+from data.folder_loader import lost_worker
+from data.loader import make_loader
 
 pytestmark = pytest.mark.timeout(120)
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -94,7 +96,7 @@ def test_one_that_is_killed_is_named(photographs):
 PROGRAM = """
     import multiprocessing, os, sys
     sys.path.insert(0, {recipes!r})
-    from data import make_loader
+    from data.loader import make_loader
     loader = make_loader("imagenet", "train", train=True, data_dir={folder!r}, loader="torch", batch_size=2,
                          device="cpu", resolution=16, workers=2)
     multiprocessing.set_start_method({method!r}, force=True)

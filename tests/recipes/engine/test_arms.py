@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Config, RunError, World, cost
+from engine import Config, RunError, cost
 from engine.cost import cost_of, keep, matched_epochs, relative_flops
 from engine.examine import Network, examine
+from engine.launch import World
 from engine.model import attach
 from engine.outside import slow_outside
 from engine.schedule import learning_rate, unsqueezed

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import torch
-from engine import World
 from engine.interrupt import SIGNALS, Action, Interrupts
+from engine.launch import World
 
 ALONE = World(torch.device("cpu"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine import Config, RunError, join, launch
-from engine.launch import _lateness, _sentence
+from engine import Config, RunError
+from engine.launch import _lateness, _sentence, join, launch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 

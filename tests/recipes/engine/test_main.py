@@ -14,8 +14,9 @@ import mnist
 import pytest
 import torch
 from data import DataError
-from engine import RunError, checkpoint, main
+from engine import RunError, checkpoint, command_line
 from engine.errors import explained
+from engine.main import main
 from engine.start import interruptible
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +27,7 @@ TINY = ["--quick", "--model", "test_resnet", "--limit", "256", "--batch-size", "
 
 def recipe(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr(sys, "argv", ["mnist.py", *TINY, *args])
-    main(mnist.configure, mnist.run)
+    main(command_line(mnist.configure), mnist.run)
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:

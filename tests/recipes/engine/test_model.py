@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine import Config, RunError, World, make_model
-from engine.model import attach, distribute, make_optimizer
+from engine import Config, RunError
+from engine.launch import World
+from engine.model import attach, distribute, make_model, make_optimizer
 from torch import nn
 
 import rdp

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import Config, World, join, train
+from engine import Config
 from engine.checkpoint import load_latest
+from engine.launch import World, join
 from engine.lock import claim
+from engine.train import train
 from torch import Tensor, nn
 
 CLASSES = 4
