@@ -12,8 +12,9 @@ from rdp.distributed.ranks import Ranks
 from rdp.handle import ResidualDropPath
 from rdp.masks import Decay, Mode, Sampling
 from rdp.options import Compute, Freeze, Native, Options, Select
-from rdp.phases import Phase, Schedule
+from rdp.phases import Phase, PhaseName, Schedule
 from rdp.rate_schedules import RateSchedule
+from rdp.rates import as_rate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +30,7 @@ def attach(
     sampling: Sampling = "bernoulli",
     freeze: Freeze = "output",
     scale_by_keep: bool = False,
-    phases: Sequence[Phase] = (Phase.DROP, Phase.FREEZE),
+    phases: Sequence[Phase | PhaseName] = (Phase.DROP, Phase.FREEZE),
     branches: Select = None,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     rows: str | None = None,
@@ -67,7 +68,7 @@ def attach(
             upstream either; "params" only the parameters (Figure 5 read literally; batch mode only).
         scale_by_keep: Divide undropped rows by their keep probability in DROP. False, as in the paper's section 4.1;
             True together with `phases=(Phase.DROP,)` is timm's DropPath.
-        phases: The sequence of phases that repeats, one phase an optimizer step.
+        phases: The sequence of phases that repeats, one phase an optimizer step; `"drop"` is `rdp.Phase.DROP`.
         branches: None takes all that are found. A list of names takes these, and gates modules that were not found,
             or refused, on your word. A function of (name, module) chooses among those found.
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
@@ -105,13 +106,13 @@ def attach(
     Source: Park (2024), Algorithm 1, https://arxiv.org/abs/2411.09475
     """
     options = Options(
-        rate=rate,
+        rate=as_rate(rate),
         mode=mode,
         decay=decay,
         sampling=sampling,
         freeze=freeze,
         scale_by_keep=scale_by_keep,
-        phases=tuple(Schedule(phases).phases),
+        phases=Schedule(phases).phases,
         branches=branches,
         native=native,
         compute=compute,

@@ -24,7 +24,7 @@ from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
 from rdp.proof import Proof, prove
-from rdp.rates import check_rate
+from rdp.rates import as_rate
 from rdp.refusals import check_training
 from rdp.settle import settle
 from rdp.training import compiled, hooks, lesions
@@ -92,7 +92,7 @@ class ResidualDropPath:
     @rate.setter
     def rate(self, rate: float) -> None:
         self._check_attached()
-        check_rate(rate)
+        rate = as_rate(rate)
         choose.check_scaling(self.branches, self.options, rate)
         self._run.set_rate(float(rate))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from typing import Literal
 
 from rdp.errors import ArgumentError
 
@@ -22,25 +23,26 @@ class Phase(enum.Enum):
     """`y = shortcut(x) + F(x)`; everything learns."""
 
 
+PhaseName = Literal["drop", "freeze", "plain"]
+
+
 class Schedule:
     """A sequence of phases that repeats for ever.
 
     Args:
-        phases: At least one `Phase`. FREEZE replays the latest DROP, so the first FREEZE must come after a DROP.
+        phases: At least one `Phase`, or its name. FREEZE replays the latest DROP, so the first FREEZE must come after
+            a DROP.
 
     Raises:
         ArgumentError: If `phases` is empty, holds something else, or has FREEZE before any DROP.
     """
 
-    def __init__(self, phases: Iterable[Phase]) -> None:
+    def __init__(self, phases: Iterable[Phase | PhaseName]) -> None:
         if isinstance(phases, (Phase, str, bytes)) or not isinstance(phases, Iterable):
             raise ArgumentError(f"phases must be a sequence of rdp.Phase, such as (rdp.Phase.DROP,); got {phases!r}")
-        self.phases = tuple(phases)
+        self.phases = tuple(_phase(phase) for phase in phases)
         if not self.phases:
             raise ArgumentError("phases is empty; the paper's sequence is (rdp.Phase.DROP, rdp.Phase.FREEZE)")
-        for phase in self.phases:
-            if not isinstance(phase, Phase):
-                raise ArgumentError(f"phases must hold rdp.Phase members; got {phase!r}")
         if Phase.FREEZE in self.phases and Phase.DROP not in self.phases[: self.phases.index(Phase.FREEZE)]:
             raise ArgumentError(
                 f"phases {[p.name for p in self.phases]} has FREEZE before any DROP; "
@@ -61,3 +63,12 @@ class Schedule:
         if Phase.DROP not in self.phases:
             return 0
         return next((drop for drop in range(step, -1, -1) if self.phases[drop % len(self.phases)] is Phase.DROP), 0)
+
+
+def _phase(phase: object) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if isinstance(phase, str) and phase.lower() in {known.value for known in Phase}:
+        return Phase(phase.lower())
+    names = ", ".join(repr(known.value) for known in Phase)
+    raise ArgumentError(f"phases must hold rdp.Phase members or their names, {names}; got {phase!r}")

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import timm.layers
 import torch
@@ -55,7 +56,12 @@ def refused(model: nn.Module, act: Callable[[], object], *words: str, error: typ
         ({"phases": ()}, ("phases", "empty")),
         ({"phases": (Phase.FREEZE, Phase.DROP)}, ("phases", "FREEZE", "DROP")),
         ({"phases": (Phase.PLAIN, Phase.FREEZE)}, ("phases", "FREEZE", "DROP")),
-        ({"phases": ("drop", "freeze")}, ("phases", "drop")),
+        ({"phases": ("drop", "frozen")}, ("phases", "frozen", "'freeze'")),
+        ({"phases": "drop"}, ("phases", "drop")),
+        ({"rate": torch.tensor(1.5)}, ("rate", "1.5")),
+        ({"rate": torch.tensor([0.1, 0.2])}, ("rate", "0.1")),
+        ({"rate": torch.tensor(True)}, ("rate", "True")),
+        ({"rate": nn.Parameter(torch.tensor(0.1))}, ("rate", "learn", ".item()")),
         ({"phases": Phase.DROP}, ("phases", "Phase.DROP")),
         ({"seed": -1}, ("seed", "-1")),
         ({"seed": 2**64}, ("seed", str(2**64))),
@@ -67,6 +73,41 @@ def test_a_bad_argument_is_named_with_its_value(arguments, words):
     model = CASE.model()
     refused(model, lambda: rdp.attach(model, **{"rate": 0.1} | arguments), *words)
     rdp.attach(model, rate=0.1).remove()  # the refusal left nothing behind that would refuse this
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_in_place_of_the_rate_is_answered_with_the_two_lines(make):
+    model = CASE.model()
+    optimizer = make(model.parameters(), lr=0.1)
+    text = refused(model, lambda: rdp.attach(model, optimizer), make.__name__, "rdp.attach(model, rate=0.1)")
+    assert text.endswith("optimizer = handle.wrap(optimizer)")
+    assert "lr" not in text  # not the optimizer's own description
+    handle = rdp.attach(model, 0.1)
+    with pytest.raises(rdp.ArgumentError, match="handle"):
+        handle.rate = optimizer
+
+
+MODELS = [Case(BlockMLP, (("plain", "norm"),)), Case(ConvNet, ("basic", (1, 1, 1))), Case(LoopMLP, (3,))]
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.architecture.__name__)
+@pytest.mark.parametrize(
+    "rate", [torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64), np.float32(0.5), np.array(0.5)]
+)
+def test_one_number_is_a_rate_whatever_holds_it(case, rate):
+    handle = rdp.attach(case.model(), rate, decay="constant")
+    assert type(handle.rate) is float
+    assert handle.rate == 0.5
+    handle.rate = rate / 2
+    assert handle.state_dict() == rdp.attach(case.model(), 0.25, decay="constant").state_dict()
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.architecture.__name__)
+def test_phases_go_by_their_names_too(case):
+    named = rdp.attach(case.model(), 0.5, phases=("plain", "drop", "FREEZE"))
+    members = rdp.attach(case.model(), 0.5, phases=[Phase.PLAIN, Phase.DROP, Phase.FREEZE])
+    assert named.options == members.options
+    assert named.state_dict() == members.state_dict()
 
 
 def test_bad_arguments_are_value_errors_too():

@@ -10,28 +10,42 @@ are about where rows begin to pay.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import timm
-import torch
+import project_paths  # noqa: F401
 import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import rdp
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
-import char_gpt
-import spiral_mlp
-from engine.model import shrink_stem
+from engine import explained, interruptible
 
 Mode = Literal["row", "batch"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of the benchmark."""
+
+    steps: Annotated[int, tyro.conf.arg(help="Of each contender; networks that are tiny take more.")] = 40
+    rate: float = 0.1
+    mode: tuple[Mode, ...] = get_args(Mode)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+
+
+with interruptible():
+    import char_gpt
+    import spiral_mlp
+    import timm
+    import torch
+    from engine.model import shrink_stem
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    import rdp
+
 COMPUTES = ("dense", "auto", "rows")
 
 
@@ -66,15 +80,6 @@ NETWORKS = (
         lambda: torch.randint(64, (16, 64)),
     ),
 )
-
-
-@dataclass(frozen=True)
-class Args:
-    """Options of the benchmark."""
-
-    steps: Annotated[int, tyro.conf.arg(help="Of each contender; networks that are tiny take more.")] = 40
-    rate: float = 0.1
-    mode: tuple[Mode, ...] = get_args(Mode)
 
 
 class Contender:
@@ -137,4 +142,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained():
+        main(args)

@@ -55,5 +55,6 @@ def test_an_empty_sequence_and_foreign_members_are_refused():
         Schedule([])
     assert str(refused.value) == "phases is empty; the paper's sequence is (rdp.Phase.DROP, rdp.Phase.FREEZE)"
     with pytest.raises(rdp.ArgumentError) as refused:
-        Schedule([Phase.DROP, "freeze"])
-    assert str(refused.value) == "phases must hold rdp.Phase members; got 'freeze'"
+        Schedule([Phase.DROP, "frozen"])
+    expected = "phases must hold rdp.Phase members or their names, 'drop', 'freeze', 'plain'; got 'frozen'"
+    assert str(refused.value) == expected
