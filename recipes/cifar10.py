@@ -56,7 +56,7 @@ def configure(args: list[str]) -> Cifar10Config:
 
 
 if __name__ == "__main__":
-    config = command_line(configure)  # before what takes seconds to import
+    config = command_line(configure)  # before the imports below, which take seconds
 
 with interruptible():
     from engine.launch import World

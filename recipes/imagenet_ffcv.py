@@ -111,7 +111,7 @@ def configure(args: list[str]) -> ImagenetConfig:
 
 
 if __name__ == "__main__":
-    config = command_line(configure)  # before what takes seconds to import
+    config = command_line(configure)  # before the imports below, which take seconds
 
 with interruptible():
     from engine.launch import World

@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import engine  # noqa: F401 (first: Ctrl-C ends its imports)
 import tyro
 from engine import Range, RunError, command_line, explained, interruptible
 from engine.ranges import check_ranges
@@ -93,7 +94,7 @@ def configure(args: Sequence[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
-    config = command_line(configure)  # before what takes seconds to import
+    config = command_line(configure)  # before the imports below, which take seconds
 
 with interruptible():
     import torch

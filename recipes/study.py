@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import engine  # noqa: F401 (first: Ctrl-C ends its imports)
 import tyro
+from engine import interruptible
 from study_arms import SETTINGS, arms
 from study_run import Job, Run, StudyError, commit, read
 
@@ -143,7 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 1 if something is wrong, or a run could not be finished.
     """
-    args = tyro.cli(Args, args=arguments)
+    with interruptible():
+        args = tyro.cli(Args, args=arguments)
     try:
         runs = plan(args)
         left = [run for run in runs if not run.record(args.out).exists()]

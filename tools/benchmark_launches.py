@@ -26,7 +26,8 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Args, description=__doc__)
 
 
 with interruptible():

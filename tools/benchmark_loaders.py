@@ -39,7 +39,8 @@ class Config:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Config, description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Config, description=__doc__)
 
 
 with interruptible():

@@ -16,6 +16,7 @@ from typing import Any
 import project_paths  # noqa: F401
 import tyro
 from engine import explained, interruptible
+from engine.start import lacks_memory
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Args, description=__doc__)
 
 
 with interruptible():
@@ -73,6 +75,8 @@ def main(args: Args) -> None:
     warnings.simplefilter("ignore")
     if min(args.batch_size, args.resolution, args.cycles) < 1:
         raise SystemExit("--batch-size, --resolution and --cycles must be at least 1")
+    if not 0 <= args.rate < 1:
+        raise SystemExit(f"--rate must be at least 0 and below 1, not {args.rate}")
     if unknown := [name for name in args.models if not timm.is_model(name)]:
         raise SystemExit(f"timm has no model {', '.join(unknown)}")
     print(
@@ -84,7 +88,13 @@ def main(args: Args) -> None:
     print("|---|---:|---|---:|---:|---:|")
     x = torch.randn(args.batch_size, 3, args.resolution, args.resolution)
     for name in args.models:
-        plain = peak(build(name, args), x)
+        try:
+            plain = peak(build(name, args), x)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if lacks_memory(error):
+                raise
+            cause = str(error).splitlines()[0]
+            raise SystemExit(f"{name} cannot take images of {args.resolution} pixels: {cause}") from error
         for way, options in WAYS.items():
             model = build(name, args)
             handle = rdp.attach(model, args.rate, decay="constant", seed=1, example_inputs=x[:2], **options)

@@ -97,7 +97,8 @@ def pictures(run: tyro.conf.Positional[Path], out: Path = Path("figures")) -> No
 
 if __name__ == "__main__":
     commands = {"draw": later(draw), "compare": later(compare), "pictures": later(pictures)}
-    run = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        run = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 with interruptible():
     import torch

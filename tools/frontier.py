@@ -100,7 +100,11 @@ def read_studies(folder: Path) -> list[Study]:
         records: Records = {}
         for path in sorted((folder / setting.name).glob("*/seed-*.json")):
             record = read(path)
-            records.setdefault(record["arm"], {})[record["seed"]] = record
+            try:
+                float(record["result"][setting.metric]), float(record["result"]["flops"])
+                records.setdefault(str(record["arm"]), {})[int(record["seed"])] = record
+            except (KeyError, TypeError, ValueError) as error:
+                raise StudyError(f"{path} is no record of a run ({error}): remove it, and it is made again") from error
         commits = {record["commit"] for seeds in records.values() for record in seeds.values()}
         if len(commits) > 1:
             raise StudyError(f"the records of {setting.name} are of {len(commits)} commits: keep those of one")

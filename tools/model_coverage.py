@@ -70,7 +70,8 @@ def main(
 
 
 if __name__ == "__main__":
-    run = tyro.cli(later(main), description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        run = tyro.cli(later(main), description=__doc__)
 
 with interruptible():
     import torch

@@ -27,7 +27,8 @@ class Arguments:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Arguments, description=__doc__)  # before what takes seconds to import
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Arguments, description=__doc__)
 
 
 with interruptible():

@@ -16,11 +16,12 @@ import statistics
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import project_paths  # noqa: F401
 import tyro
-from engine import explained, interruptible
+from engine import Range, RunError, explained, interruptible
+from engine.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -33,30 +34,42 @@ class Config:
     """Folder of results."""
     picture: Path | None = None
     """Where the figure is written; default: lesions.png in the folder of results."""
-    seeds: int = 3
+    seeds: Annotated[int, Range(1)] = 3
     """Networks of each algorithm."""
-    epochs: int = 4
+    epochs: Annotated[int, Range(1)] = 4
     """Passes over the training images."""
-    limit: int | None = 15_000
+    limit: Annotated[int | None, Range(1)] = 15_000
     """Train on this many of the 60,000 images."""
-    test_limit: int | None = 2_000
+    test_limit: Annotated[int | None, Range(1)] = 2_000
     """Test on this many of the 10,000 images."""
-    draws: int = 1
+    draws: Annotated[int, Range(1)] = 1
     """How many times branches are removed at random."""
-    rate: float = 0.2
+    rate: Annotated[float, Range(0, below=1)] = 0.2
     """Drop rate of the last block; it grows linearly from 0 at the first."""
-    depth: int = 6
+    depth: Annotated[int, Range(2)] = 6
     """Blocks, of two branches each."""
-    patch: int = 14
+    patch: Annotated[int, Range(1, most=28)] = 14
     """Side of the patches that tokens are made of; 28 must be a multiple."""
-    dim: int = 64
-    """Width of a token."""
-    batch_size: int = 128
+    dim: Annotated[int, Range(4)] = 64
+    """Width of a token, a multiple of 4."""
+    batch_size: Annotated[int, Range(1)] = 128
     """Images in a step."""
-    lr: float = 2e-3
+    lr: Annotated[float, Range(above=0)] = 2e-3
     """Peak learning rate of AdamW, which falls to 0 along a line."""
-    algorithms: tuple[str, ...] = ("standard", "droppath", "rdp")
+    algorithms: tuple[Literal["standard", "droppath", "rdp"], ...] = ("standard", "droppath", "rdp")
     """Which of standard, droppath and rdp."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            RunError: a setting is out of its range, named with its value.
+        """
+        check_ranges(self)
+        if 28 % self.patch or self.dim % 4:
+            raise RunError(f"28 must be a multiple of --patch {self.patch}, and --dim {self.dim} one of 4")
+        if not self.algorithms:
+            raise RunError("--algorithms names none: leave it out for all three")
 
     def training(self) -> dict[str, Any]:
         """What decides the numbers."""
@@ -64,12 +77,14 @@ class Config:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Config, description=__doc__)  # before what takes seconds to import
+    with explained(), interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Config, description=__doc__)
 
 
 with interruptible():
     import torch
     from data.loader import make_loader
+    from engine.files import write_atomically
     from spiral_mlp import ALGORITHMS
     from timm.models import VisionTransformer
     from torch.nn.functional import cross_entropy
@@ -119,23 +134,30 @@ def saved(path: Path, config: Config) -> Lesions | None:
     """What was measured before, if with these settings."""
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
-    if content["training"] != json.loads(json.dumps(config.training())):
-        raise SystemExit(f"{path} is of other settings, {content['training']}: choose another --out")
-    numbers = content["lesions"]
-    return Lesions(
-        numbers["whole"],
-        numbers["higher_is_better"],
-        tuple(Lesion(**each) for each in numbers["table"]),
-        {int(number): metric for number, metric in numbers["least"].items()},
-        {int(number): tuple(drawn) for number, drawn in numbers["random"].items()},
-    )
+    try:
+        content = json.loads(path.read_text())
+        training, numbers = content["training"], content["lesions"]
+        result = Lesions(
+            numbers["whole"],
+            numbers["higher_is_better"],
+            tuple(Lesion(**each) for each in numbers["table"]),
+            {int(number): metric for number, metric in numbers["least"].items()},
+            {int(number): tuple(drawn) for number, drawn in numbers["random"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+    if training != json.loads(json.dumps(config.training())):
+        raise RunError(f"{path} is of other settings, {training}: choose another --out")
+    return result
 
 
 def main(config: Config) -> None:
     """Train what is not there yet, and draw."""
     torch.set_num_threads(1)
     config.out.mkdir(parents=True, exist_ok=True)
+    picture = config.picture or config.out / "lesions.png"
+    if not picture.parent.is_dir():  # an hour is too late to learn it
+        raise RunError(f"--picture {picture}: there is no folder {picture.parent}")
     found: dict[str, list[Lesions]] = {algorithm: [] for algorithm in config.algorithms}
     for seed in range(config.seeds):
         for algorithm, each in found.items():
@@ -144,7 +166,7 @@ def main(config: Config) -> None:
             if result is None:
                 result = measure(algorithm, seed, config)
                 content = {"training": config.training(), "lesions": dataclasses.asdict(result)}
-                path.write_text(json.dumps(content, indent=1))
+                write_atomically(path, json.dumps(content, indent=1).encode())
             each.append(result)
     total = 2 * config.depth
     kept = [total, total * 3 // 4, total // 2, total // 4]
@@ -158,7 +180,6 @@ def main(config: Config) -> None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 cells.append(f"{statistics.mean(values):>9.1f} ± {spread:4.1f}")
             print(f"{algorithm:9}{name:6}" + "".join(cells))
-    picture = config.picture or config.out / "lesions.png"
     picture.write_bytes(png(lesion_panel(found, title="Fashion-MNIST: what is left of accuracy", metric="accuracy")))
     print(picture)
 

@@ -11,12 +11,12 @@ arm, the frontier of plain training as a line. `--page` puts the table between t
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import project_paths  # noqa: F401
 import tyro
+from engine import explained
 from frontier import Study, compared, differences, missing, read_studies
 from paired import half_width, holm, paired_p_value
 from study_arms import Arm
@@ -162,6 +162,8 @@ def main(folder: Annotated[Path, tyro.conf.Positional], figure: Path | None = No
         figure: also draw FIGURE.svg and FIGURE.png.
         page: also put the table into this page, between its marks.
     """
+    if page is not None and not page.is_file():
+        raise SystemExit(f"error: {page} is no file: --page names a page that has {' and '.join(MARKS)}")
     try:
         studies = read_studies(folder)
         text, absent = report(studies), missing(studies)
@@ -178,4 +180,5 @@ def main(folder: Annotated[Path, tyro.conf.Positional], figure: Path | None = No
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    with explained():
+        tyro.cli(main)

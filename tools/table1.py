@@ -15,13 +15,14 @@ import csv
 import io
 import json
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import project_paths  # noqa: F401
 import tyro
+from engine import explained
 from paired import paired_p_value
 
 COLUMNS = ("standard", "droppath row", "rdp row", "droppath batch", "rdp batch")
@@ -292,4 +293,5 @@ def main(folder: Annotated[Path, tyro.conf.Positional], format: Literal["text", 
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    with explained():
+        tyro.cli(main)

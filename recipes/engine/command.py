@@ -19,6 +19,7 @@ from typing import ParamSpec, TypeVar
 
 from engine.errors import explained
 from engine.output import best_effort_output
+from engine.start import interruptible
 
 Given = ParamSpec("Given")
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def command_line(configure: Callable[[list[str]], T]) -> T:
     Raises:
         SystemExit: `--help` was answered, or something is wrong, which was said in one sentence.
     """
-    with best_effort_output(), explained():
+    with best_effort_output(), explained(), interruptible():
         return configure(sys.argv[1:])
 
 

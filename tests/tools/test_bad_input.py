@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engine import RunError, explained
 
-from tools import benchmark_loaders, benchmark_overhead, model_coverage
+from tools import (
+    benchmark_launches,
+    benchmark_loaders,
+    benchmark_memory,
+    benchmark_overhead,
+    model_coverage,
+    shallower,
+    study_report,
+    table1,
+)
 
 
 def test_the_table_of_models_wants_a_place_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +58,69 @@ def test_the_script_for_the_oldest_torch_names_a_wrong_version(version: str) -> 
     script = Path(model_coverage.__file__).with_name("test_oldest.sh")
     run = subprocess.run(["bash", script, version], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (2, f"TORCH must be a version such as 2.6, not {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1, not 0"),
+        ({"epochs": -1}, "--epochs must be at least 1, not -1"),
+        ({"rate": 1.0}, "--rate must be at least 0 and below 1, not 1.0"),
+        ({"lr": float("nan")}, "--lr must be a number up to"),
+        ({"patch": 5}, "28 must be a multiple of --patch 5"),
+        ({"dim": 6}, "--dim 6 one of 4"),
+        ({"algorithms": ()}, "--algorithms names none"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_it_is(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RunError, match=sentence):
+        shallower.Config(Path("data"), **wrong)
+
+
+def test_what_shallower_measured_before_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = shallower.Config(tmp_path / "no data", out=tmp_path / "out", algorithms=("rdp",))
+    for content in ("", "[]", "null", '{"training": {}}', '{"training": {}, "lesions": 3}'):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "rdp-0.json").write_text(content)
+        with pytest.raises(SystemExit), explained():
+            shallower.main(config)
+        assert "rdp-0.json is damaged" in capsys.readouterr().err
+    (tmp_path / "out" / "rdp-0.json").unlink()
+    with pytest.raises(SystemExit), explained():
+        shallower.main(config)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "no data" in said
+    with pytest.raises(RunError, match="there is no folder"):
+        shallower.main(dataclasses.replace(config, picture=tmp_path / "none" / "picture.png"))
+
+
+def test_records_that_are_none_and_a_page_that_is_none_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "gpt" / "standard" / "seed-0.json"
+    path.parent.mkdir(parents=True)
+    for content in (
+        "",
+        "[]",
+        '{"commit": "a", "seconds": 1, "result": {}}',
+        '{"commit": "a", "seconds": 1, "result": 3}',
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=r"error: .*seed-0\.json is no record of a run"):
+            study_report.main(tmp_path)
+    with pytest.raises(SystemExit, match=r"missing\.md is no file"):
+        study_report.main(tmp_path, page=tmp_path / "missing.md")
+    with pytest.raises(SystemExit, match="error: "):
+        table1.main(tmp_path / "nothing")
+
+
+def test_models_and_sizes_that_are_none_are_named() -> None:
+    with pytest.raises(SystemExit, match="no model is called vitt; there are "):
+        benchmark_launches.main(benchmark_launches.Args(models=("vitt",)))
+    for wrong, sentence in (
+        ({"models": ("resnet51",)}, "timm has no model resnet51"),
+        ({"batch_size": 0}, "--batch-size, --resolution and --cycles must be at least 1"),
+        ({"rate": 1.5}, "--rate must be at least 0 and below 1, not 1.5"),
+        ({"models": ("vit_tiny_patch16_224",), "resolution": 8, "batch_size": 2}, "cannot take images of 8 pixels"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            benchmark_memory.main(benchmark_memory.Args(**wrong))

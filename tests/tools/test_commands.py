@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def ask(path: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def ask(path: Path, *arguments: str, cwd: Path, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-c", PROGRAM, str(path), *arguments]
+    command = [sys.executable, "-c", program, str(path), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -50,3 +51,30 @@ def test_a_mistake_in_the_command_line_is_told_as_fast(path: Path, tmp_path: Pat
     assert "--help" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stderr.endswith("[]\n")
+
+
+NEEDED = {  # by the command lines of some
+    "figures.py": ("compare", "."),
+    "shallower.py": (".",),
+}
+WITHOUT_TORCH = {"benchmark_help.py", "study.py", "study_report.py", "table1.py", "write_beton.py"}
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch" or name.partition(".")[0] in {"timm", "torchvision", "matplotlib"}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("path", [p for p in COMMANDS if p.name not in WITHOUT_TORCH], ids=lambda path: path.name)
+def test_control_c_ends_the_imports_at_once_and_without_a_traceback(path: Path, tmp_path: Path) -> None:
+    run = ask(path, *NEEDED.get(path.name, ()), cwd=tmp_path, program=INTERRUPTED)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
+    assert not list(tmp_path.iterdir())
