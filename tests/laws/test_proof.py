@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rdp
 from laws.architectures import BlockMLP, FoldedMLP, LoopMLP, NestedMLP, Transformer
+from laws.strategies import Case, cases, every_architecture
 from laws.training import identical
 
 PROVED = "proved on two rows of the input"
@@ -246,6 +248,20 @@ def test_the_default_device_is_of_no_account(mode: str) -> None:
     with torch.device("meta"):
         handle = rdp.attach(model, 0.5, mode=mode, example_inputs=x)
     assert str(handle).endswith(PROVED)
+
+
+@given(cases(computes=("auto", "rows", "dense")))
+@every_architecture()
+def test_the_proof_changes_nothing_of_what_the_laws_draw(case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rdp.RdpWarning)
+        handles = []
+        for verify in (True, False):
+            model = case.model()
+            handles.append(case.attach(model, example_inputs=model.rows(2, 0), verify=verify))
+    proved, unproved = handles
+    assert proved.branches == unproved.branches
+    assert proved.refused == unproved.refused
 
 
 class Costly(nn.Module):

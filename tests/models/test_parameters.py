@@ -35,7 +35,7 @@ def test_dropping_one_branch_silences_its_parameters_and_no_others(entry: Entry)
     wake(model)
     model.eval()
     warnings.simplefilter("ignore", rdp.RdpWarning)  # XLNet's and Funnel's refusals are tested elsewhere
-    settings = {"decay": "constant", "compute": "dense", "example_inputs": inputs}
+    settings = {"decay": "constant", "compute": "dense", "verify": False, "example_inputs": inputs}
     with rdp.attach(model, NEVER, **settings) as handle:
         for name in {"", *(branch.block for branch in handle.branches)}:
             model.get_submodule(name).training = True  # the gates work; dropout would only blur the comparison
