@@ -104,9 +104,9 @@ with interruptible():
     from engine.launch import World
     from engine.one_process import finish, load, open_run, save
     from engine.output import best_effort_output
+    from engine.progress import tqdm
     from torch import Tensor, nn
     from torch.nn.functional import cross_entropy, pad
-    from tqdm import tqdm
 
     import rdp
     from rdp.analysis import FeatureReuse, Lesions, extract_features, feature_reuse, grid, lesions, spiral

@@ -66,10 +66,10 @@ if __name__ == "__main__":
 with interruptible():
     import timm
     import torch
+    from engine.progress import tqdm
     from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.ops import stochastic_depth
-    from tqdm import tqdm
 
     import rdp
 

@@ -42,8 +42,8 @@ with interruptible():
     import timm
     import torch
     from engine.model import shrink_stem
+    from engine.progress import tqdm
     from torch import Tensor, nn
-    from tqdm import tqdm
 
     import rdp
 

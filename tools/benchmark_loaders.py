@@ -54,11 +54,11 @@ with interruptible():
     from data.memory_loader import MemoryLoader
     from data.sampling import Sampler, subset
     from data.transforms import Crop, Pixels
+    from engine.progress import tqdm
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
-    from tqdm import tqdm
 
 Epoch = Callable[[], Iterable[object]]
 

@@ -42,8 +42,8 @@ if __name__ == "__main__":
 with interruptible():
     import timm
     import torch
+    from engine.progress import tqdm
     from torch import Tensor, nn
-    from tqdm import tqdm
 
     import rdp
 

@@ -41,12 +41,12 @@ if __name__ == "__main__":
 with interruptible():
     import timm
     import torch
+    from engine.progress import tqdm
     from models.semantics import tensors
     from models.zoo import timm_models
     from models.zoo_entry import Entry
     from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
-    from tqdm import tqdm
 
     import rdp
 

@@ -48,7 +48,7 @@ def main(
         sys.exit(f"no family, package or model is called {', '.join(sorted(unknown))}; see tests/models/zoo.py")
     done = _read(results)
     with results.open("a") as stream:
-        for entry in (bar := tqdm(entries, disable=None)):
+        for entry in (bar := tqdm(entries)):
             bar.set_postfix_str(entry.key)
             known = done.get(entry.key)
             finished = known or row(entry)
@@ -75,12 +75,12 @@ if __name__ == "__main__":
 
 with interruptible():
     import torch
+    from engine.progress import tqdm
     from models.found import find
     from models.semantics import check_gating
     from models.table import BEGIN, END, Row, markdown
     from models.zoo import zoo
     from models.zoo_entry import Entry, drops_paths
-    from tqdm import tqdm
 
     from rdp.discovery import forwards
     from rdp.discovery.graph import Graph

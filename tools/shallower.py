@@ -85,10 +85,10 @@ with interruptible():
     import torch
     from data.loader import make_loader
     from engine.files import write_atomically
+    from engine.progress import tqdm
     from spiral_mlp import ALGORITHMS
     from timm.models import VisionTransformer
     from torch.nn.functional import cross_entropy
-    from tqdm import tqdm
 
     import rdp
     from rdp.analysis import Lesion, Lesions, lesions
