@@ -24,14 +24,48 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
+import project_paths  # noqa: F401
 import tyro
-from elsewhere_models import Inputs, Model, models
-from torch import Tensor, nn
-from torch.utils import _pytree
-from tqdm import tqdm
+from engine import explained, interruptible
+from engine.command import later
 
-import rdp
+
+def main(
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PACKAGE")] = (),
+    write: Path | None = None,
+) -> None:
+    """Attach to small models of other code bases, and make the table.
+
+    Args:
+        only: Packages or models to which to confine the run.
+        write: Replace the table in this document; by default it is printed.
+    """
+    known = {name for model in models() for name in (model.package, model.title)}
+    if unknown := set(only) - known:
+        sys.exit(f"nothing is known as {min(unknown)}: choose among {', '.join(sorted(known))}")
+    text = write.read_text() if write is not None else f"{BEGIN}{END}"
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{write} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
+    torch.set_num_threads(1)
+    made = "\n".join(table(only))
+    if write is None:
+        print(made)
+    else:
+        write.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n{made}\n{END}{text.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    with interruptible():  # and before the imports below, which take seconds
+        run = tyro.cli(later(main), description=__doc__)
+
+with interruptible():
+    import torch
+    from elsewhere_models import Inputs, Model, models
+    from engine.progress import tqdm
+    from torch import Tensor, nn
+    from torch.utils import _pytree
+
+    import rdp
 
 BEGIN, END = "<!-- elsewhere: begin -->", "<!-- elsewhere: end -->"
 STEPS = 4
@@ -167,29 +201,6 @@ def _installed(package: str) -> bool:
     return True
 
 
-def main(
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PACKAGE")] = (),
-    write: Path | None = None,
-) -> None:
-    """Attach to small models of other code bases, and make the table.
-
-    Args:
-        only: Packages or models to which to confine the run.
-        write: Replace the table in this document; by default it is printed.
-    """
-    known = {name for model in models() for name in (model.package, model.title)}
-    if unknown := set(only) - known:
-        sys.exit(f"nothing is known as {min(unknown)}: choose among {', '.join(sorted(known))}")
-    text = write.read_text() if write is not None else f"{BEGIN}{END}"
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{write} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
-    torch.set_num_threads(1)
-    made = "\n".join(table(only))
-    if write is None:
-        print(made)
-    else:
-        write.write_text(f"{text.partition(BEGIN)[0]}{BEGIN}\n{made}\n{END}{text.partition(END)[2]}")
-
-
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with explained():
+        run()
