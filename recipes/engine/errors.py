@@ -46,7 +46,7 @@ def explained(less: str = "choose a smaller --batch-size or a larger --accumulat
     """
     try:
         yield
-    except (RunError, DataError, *_if_imported("rdp", "RdpError")) as error:
+    except _told() as error:
         _exit(error, str(error))
     except (MemoryError, OSError, RuntimeError) as error:
         if lacks_memory(error) or isinstance(error, _if_imported("torch", "OutOfMemoryError")):
@@ -59,9 +59,14 @@ def explained(less: str = "choose a smaller --batch-size or a larger --accumulat
         _exit(error, "interrupted; what was saved is untouched", status=128 + signal.SIGINT)
 
 
+def _told() -> tuple[type[Exception], ...]:
+    return (RunError, DataError, *_if_imported("rdp", "RdpError"))
+
+
 def _if_imported(module: str, error: str) -> tuple[type[Exception], ...]:
     # Who has not imported torch gets none of its errors, and is not to wait for it.
-    return (getattr(sys.modules[module], error),) if module in sys.modules else ()
+    kind = getattr(sys.modules.get(module), error, None)
+    return () if kind is None else (kind,)
 
 
 def _exit(error: BaseException, sentence: str, status: int = 1) -> NoReturn:
