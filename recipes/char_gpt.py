@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 
 from engine import Config, Range, RunError, command_line, interruptible, parse
 
+OF_IMAGES = ("small_stem", "stem_stride", "model_kwargs", "download", "loader", "augment", "limit", "workers")
+OF_IMAGES += ("test_flip", "channels_last")
+
 
 @dataclass(frozen=True)
 class CharGptConfig(Config):
@@ -50,6 +53,18 @@ class CharGptConfig(Config):
     """Label smoothing of the training loss."""
     limit_test: Annotated[int | None, Range(1)] = 512
     """Windows that are tested on, spread evenly over the test text."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained, and what only images have.
+
+        Raises:
+            RunError: one of the settings, named.
+        """
+        super().__post_init__()
+        if changed := [name for name in OF_IMAGES if getattr(self, name) != getattr(Config, name)]:
+            raise RunError(f"--{changed[0].replace('_', '-')} is for images, and this recipe reads text: leave it out")
+        if self.width % self.heads:
+            raise RunError(f"--width {self.width} is no multiple of --heads {self.heads}")
 
 
 def configure(args: list[str]) -> CharGptConfig:
@@ -131,8 +146,6 @@ def run(config: CharGptConfig, seed: int, world: World) -> None:
     """Train one seed."""
     if world.size > 1:
         raise RunError("char_gpt.py trains on one device: leave --devices out")
-    if config.width % config.heads:
-        raise RunError(f"--width {config.width} is no multiple of --heads {config.heads}")
     text, test_text, vocabulary = read_python()
     common: dict[str, Any] = {"classes": len(vocabulary), "context": config.context, "device": str(world.device)}
     batch = config.micro_batch(world.size)

@@ -57,7 +57,16 @@ def test_all_branches_run_on_rows() -> None:
     assert str(handle).count("  rows  ") == len(handle.branches) == 6
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(["--heads", "5"], "--width 192 is no multiple of --heads 5")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--heads", "5"], "--width 192 is no multiple of --heads 5"),
+        (["--limit", "100"], "--limit is for images"),
+        (["--augment", "none"], "--augment is for images"),
+        (["--test-flip"], "--test-flip is for images"),
+        (["--model-kwargs", "depth=3"], "--model-kwargs is for images"),
+    ],
+)
 def test_what_cannot_be_built_is_named(
     wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
