@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import spiral_mlp
@@ -100,10 +103,17 @@ def run_cut(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], None], fo
         spiral_mlp.main(["--out", str(folder), *TINY, "--epochs", "4", *arguments])
 
 
-def assert_resumes_bit_exactly(whole: Path, cut: Path, algorithm: str) -> None:
-    spiral_mlp.main(["--out", str(whole), *TINY, "--epochs", "4", "--algorithm", algorithm])
+@functools.cache
+def whole_run(algorithm: str) -> dict[str, Any]:
+    """The last checkpoint of a run that nothing has cut."""
+    with tempfile.TemporaryDirectory() as folder:
+        spiral_mlp.main(["--out", f"{folder}/whole", *TINY, "--epochs", "4", "--algorithm", algorithm])
+        return torch.load(f"{folder}/whole/{algorithm}/checkpoint.pt", weights_only=True)
+
+
+def assert_resumes_bit_exactly(cut: Path, algorithm: str) -> None:
     spiral_mlp.main(["--resume", str(cut)])
-    expected, resumed = (torch.load(run / algorithm / "checkpoint.pt", weights_only=True) for run in (whole, cut))
+    expected, resumed = whole_run(algorithm), torch.load(cut / algorithm / "checkpoint.pt", weights_only=True)
     assert (expected["epoch"], expected["step"]) == (resumed["epoch"], resumed["step"]) == (4, 0)
     for part in ("model", "handle", "optimizer", "schedule", "snapshots"):
         torch.testing.assert_close(flat(resumed[part]), flat(expected[part]), rtol=0, atol=0)
@@ -114,6 +124,7 @@ def assert_resumes_bit_exactly(whole: Path, cut: Path, algorithm: str) -> None:
 def test_a_killed_run_resumes_bit_exactly(
     algorithm: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole_run(algorithm)  # by the usual clock
     # A checkpoint after every step, whatever the clock says; an epoch has two.
     ticks = itertools.count(step=100)
     monkeypatch.setattr(spiral_mlp.time, "monotonic", lambda: next(ticks))
@@ -121,7 +132,7 @@ def test_a_killed_run_resumes_bit_exactly(
         run_cut(monkeypatch, at, crash, tmp_path / "cut", "--algorithm", algorithm)
     saved = torch.load(tmp_path / "cut" / algorithm / "checkpoint.pt", weights_only=True)
     assert 2 * saved["epoch"] + saved["step"] == at
-    assert_resumes_bit_exactly(tmp_path / "whole", tmp_path / "cut", algorithm)
+    assert_resumes_bit_exactly(tmp_path / "cut", algorithm)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -136,7 +147,7 @@ def test_a_signal_saves_the_step_and_stops(
     assert f"go on with --resume {tmp_path / 'cut'}" in capsys.readouterr().out
     saved = torch.load(tmp_path / "cut" / "rdp" / "checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 1)  # the step that was begun is done
-    assert_resumes_bit_exactly(tmp_path / "whole", tmp_path / "cut", "rdp")
+    assert_resumes_bit_exactly(tmp_path / "cut", "rdp")
 
 
 def test_a_signal_in_the_last_step_stops_before_the_next_algorithm(
@@ -253,13 +264,19 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         spiral_mlp.main(["--out", str(tmp_path), *TINY])
 
 
+@functools.cache
+def trained(config: spiral_mlp.Config) -> dict[str, Any]:
+    """A checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        spiral_mlp.train("rdp", config, Path(folder))
+        return torch.load(f"{folder}/checkpoint.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer", "handle", "schedule", "epoch", "step", "snapshots"])
 @pytest.mark.parametrize("value", [None, [], "text", ...])
 def test_a_checkpoint_of_other_content_is_named(part: str, value: object, tmp_path: Path) -> None:
     config = spiral_mlp.configure([*TINY, "--algorithm", "rdp", "--epochs", "1"])
-    spiral_mlp.train("rdp", config, tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
+    path, state = tmp_path / "checkpoint.pt", trained(config)
     torch.save({k: v for k, v in state.items() if k != part} | ({} if value is ... else {part: value}), path)
     with pytest.raises(RunError, match=f"{path} is damaged, remove it"):
         spiral_mlp.train("rdp", config, tmp_path)
