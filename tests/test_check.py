@@ -51,7 +51,7 @@ def problem(handle: rdp.ResidualDropPath) -> str:
 @pytest.mark.filterwarnings("error::rdp.RdpWarning")
 def test_sound_training_has_no_problem(mode, several):
     model = CASE.model()
-    handle = CASE.attach(model, mode=mode)
+    handle = CASE.attach(model, mode=mode, verify=True)
     halves = [model.layers.parameters(), [*model.stem.parameters(), *model.head.parameters()]]
     optimizers = [handle.wrap(sgd(p)) for p in (halves if several else [model.parameters()])]
     for step in range(7):
