@@ -41,7 +41,7 @@ class Case:
             return self.architecture(*self.arguments).to(self.dtype).train()
 
     def attach(self, model: torch.nn.Module, **changes: Any) -> rdp.ResidualDropPath:
-        """Without the proof, half of the time that a law takes: `test_proof.py` has that it changes nothing here."""
+        """Without the proof, which is half of what it takes: `test_proof.py` has that it changes nothing here."""
         names = ("rate", "mode", "decay", "sampling", "freeze", "scale_by_keep", "compute", "seed")
         return rdp.attach(model, **({name: getattr(self, name) for name in names} | {"verify": False} | changes))
 
