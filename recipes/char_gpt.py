@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from engine import Config, Range, RunError, command_line, interruptible, parse
 
-OF_IMAGES = ("small_stem", "stem_stride", "model_kwargs", "download", "loader", "augment", "limit", "workers")
-OF_IMAGES += ("test_flip", "channels_last")
+OF_IMAGES: tuple[str, ...] = ("small_stem", "stem_stride", "model_kwargs", "download", "loader", "augment", "limit")
+OF_IMAGES += ("workers", "test_flip", "channels_last")
 
 
 @dataclass(frozen=True)
