@@ -12,12 +12,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
+import project_paths  # noqa: F401
 import tyro
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
-
-import rdp
+from engine import explained, interruptible
 
 
 @dataclass
@@ -30,6 +27,19 @@ class Args:
     depth: int = 4
     rounds: int = 20
     """Steps of each contender; two more warm up."""
+
+
+if __name__ == "__main__":
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Args, description=__doc__)
+
+
+with interruptible():
+    import torch
+    from timm.models.vision_transformer import Block, VisionTransformer
+    from torch import Tensor, nn
+
+    import rdp
 
 
 class IndexAddBlock(Block):
@@ -88,4 +98,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained(less="choose a smaller --batch-size"):
+        main(args)
