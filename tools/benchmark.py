@@ -17,46 +17,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal
 
 import project_paths  # noqa: F401
 import tyro
+from benchmark_options import Args
 from engine import explained, interruptible
-
-
-@dataclass
-class Args:
-    """Options of the benchmark."""
-
-    models: tuple[str, ...] = (
-        "resnet50",
-        "resnet50d",
-        "vit_small_patch16_224",
-        "vit_base_patch16_224",
-        "convnext_tiny",
-        "swin_tiny_patch4_window7_224",
-        "mlp",
-    )
-    """timm models, or `mlp` for a residual MLP of depth 32."""
-    batch_size: int = 8
-    resolution: int = 224
-    rate: float = 0.1
-    decay: Literal["linear", "constant"] = "constant"
-    """Constant compares with the arithmetic of docs/cost.md; training defaults to linear, which drops half as much."""
-    rounds: int = 4
-    """Timed rounds of every contender; the first round is a warm-up and not counted. 0 times nothing."""
-    cycles: int = 8
-    """How many DROP and FREEZE steps FLOPs and memory are averaged over."""
-    rivals: bool = True
-    """Also time timm's DropPath, torchvision's StochasticDepth and the multiplication by a mask."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    channels_last: bool = False
-    json_file: Path | None = None
-    """Also write the rows here."""
-
 
 if __name__ == "__main__":
     with interruptible():  # and before the imports below, which take seconds

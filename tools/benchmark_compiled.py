@@ -16,17 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import project_paths  # noqa: F401
 import tyro
-from benchmark import Args as Options
-from benchmark import Contender, build, inputs_of, seconds, sgd, step
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
-
-import rdp
+from benchmark_options import Args as Options
+from engine import explained, interruptible
 
 
 @dataclass
@@ -39,6 +32,23 @@ class Args(Options):
     """Timed rounds of every contender; 0 counts FLOPs alone."""
     mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """Of `torch.compile`, where steps are timed."""
+
+
+if __name__ == "__main__":
+    with interruptible():  # and before the imports below, which take seconds
+        args = tyro.cli(Args, description=__doc__)
+
+
+with interruptible():
+    import torch
+    from benchmark import Contender, build, inputs_of, seconds, sgd, step
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch import Tensor
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.utils import counters
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import rdp
 
 
 class Counting:
@@ -128,4 +138,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with explained():
+        main(args)

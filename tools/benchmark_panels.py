@@ -12,17 +12,74 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import matplotlib
-import torch
+import project_paths  # noqa: F401
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from engine import explained, interruptible
+from engine.command import later
 
-import rdp
-from rdp.analysis import cka_matrix, cosine_matrix, distance_matrix, extract_features, grid, spiral
-from rdp.tensorboard import Layer, feature_panel, node_maps, png, similarity_panel
-from rdp.tensorboard.colors import SIGNED
+
+def main(repetitions: int = 5) -> None:
+    """Time the pictures of a 32 x 32 residual MLP on one CPU core.
+
+    Args:
+        repetitions: Of each picture; the best is printed.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, probe = MLP(), grid(GRID)
+    handle = rdp.attach(model, example_inputs=probe)
+    points, labels = spiral()
+    features = list(extract_features(handle, probe).values())
+    layers = [
+        Layer(node_maps(values, GRID), weight)
+        for values, weight in zip(features, [None, *(layer[0].weight for layer in model.layers)], strict=True)
+    ]
+
+    def analyse() -> None:
+        found = list(extract_features(handle, probe).values())
+        for compare in (distance_matrix, cosine_matrix, cka_matrix):
+            compare(found)
+
+    def sample() -> None:
+        png(feature_panel(layers, points=points, labels=labels))
+
+    def whole() -> None:
+        png(feature_panel(layers, points=points, labels=labels, max_layers=None, max_nodes=None))
+
+    naive = best_seconds(lambda: naive_panel(layers[:NAIVE_COLUMNS], points, labels), 1)
+    naive *= len(layers) / NAIVE_COLUMNS
+    rows = [
+        ("features and similarity", best_seconds(analyse, repetitions), 0.2),
+        ("feature panel, 8 x 6 nodes, PNG", best_seconds(sample, repetitions), 1.0),
+        ("feature panel, 32 x 65, PNG", best_seconds(whole, repetitions), 3.0),
+        ("similarity panel", best_seconds(lambda: similarity_panel(features), repetitions), 1.0),
+    ]
+    print(f"torch {torch.__version__}, matplotlib {matplotlib.__version__}, one thread, CPU time")
+    print(f"{'':32}{'seconds':>9}{'target':>9}{'naive / this':>14}")
+    for name, seconds, target in rows:
+        ratio = f"{naive / seconds:.0f}" if "32 x 65" in name else "-"
+        print(f"{name:32}{seconds:>9.3f}{target:>9.1f}{ratio:>14}")
+    print(
+        f"{'32 x 65, one Axes a node':32}{naive:>9.1f}{'':>9}{1:>14}   (from {NAIVE_COLUMNS} of {len(layers)} columns)"
+    )
+
+
+if __name__ == "__main__":
+    with interruptible():  # and before the imports below, which take seconds
+        run = tyro.cli(later(main), description=__doc__)
+
+
+with interruptible():
+    import matplotlib
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    import rdp
+    from rdp.analysis import cka_matrix, cosine_matrix, distance_matrix, extract_features, grid, spiral
+    from rdp.tensorboard import Layer, feature_panel, node_maps, png, similarity_panel
+    from rdp.tensorboard.colors import SIGNED
 
 DEPTH = WIDTH = 32
 GRID = 50
@@ -75,51 +132,6 @@ def naive_panel(layers: list[Layer], points: Tensor, labels: Tensor) -> None:
     FigureCanvasAgg(figure).draw()
 
 
-def main(repetitions: int = 5) -> None:
-    """Time the pictures of a 32 x 32 residual MLP on one CPU core.
-
-    Args:
-        repetitions: Of each picture; the best is printed.
-    """
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, probe = MLP(), grid(GRID)
-    handle = rdp.attach(model, example_inputs=probe)
-    points, labels = spiral()
-    features = list(extract_features(handle, probe).values())
-    layers = [
-        Layer(node_maps(values, GRID), weight)
-        for values, weight in zip(features, [None, *(layer[0].weight for layer in model.layers)], strict=True)
-    ]
-
-    def analyse() -> None:
-        found = list(extract_features(handle, probe).values())
-        for compare in (distance_matrix, cosine_matrix, cka_matrix):
-            compare(found)
-
-    def sample() -> None:
-        png(feature_panel(layers, points=points, labels=labels))
-
-    def whole() -> None:
-        png(feature_panel(layers, points=points, labels=labels, max_layers=None, max_nodes=None))
-
-    naive = best_seconds(lambda: naive_panel(layers[:NAIVE_COLUMNS], points, labels), 1)
-    naive *= len(layers) / NAIVE_COLUMNS
-    rows = [
-        ("features and similarity", best_seconds(analyse, repetitions), 0.2),
-        ("feature panel, 8 x 6 nodes, PNG", best_seconds(sample, repetitions), 1.0),
-        ("feature panel, 32 x 65, PNG", best_seconds(whole, repetitions), 3.0),
-        ("similarity panel", best_seconds(lambda: similarity_panel(features), repetitions), 1.0),
-    ]
-    print(f"torch {torch.__version__}, matplotlib {matplotlib.__version__}, one thread, CPU time")
-    print(f"{'':32}{'seconds':>9}{'target':>9}{'naive / this':>14}")
-    for name, seconds, target in rows:
-        ratio = f"{naive / seconds:.0f}" if "32 x 65" in name else "-"
-        print(f"{name:32}{seconds:>9.3f}{target:>9.1f}{ratio:>14}")
-    print(
-        f"{'32 x 65, one Axes a node':32}{naive:>9.1f}{'':>9}{1:>14}   (from {NAIVE_COLUMNS} of {len(layers)} columns)"
-    )
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    with explained():
+        run()

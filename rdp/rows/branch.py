@@ -134,10 +134,12 @@ class BranchOnRows:
         """Run the branch on the other rows, or the first `operations` operations of it; the values that they make."""
         assert self.passing is not None
         passing, rows = self.passing, self.passing.others
-        env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
         # What learns has run before: autocast keeps the weights that it has cast first, with their graph or without.
         learn = passing.own_undropped and torch.is_grad_enabled()
-        with self._in_replay(), torch.set_grad_enabled(learn):
+        # Torch makes one graph with gradients of a compiled module, and one without: it is not asked for a second one.
+        spared = not learn and torch.is_grad_enabled() and self._is_compiled()
+        with self._in_replay(), torch.set_grad_enabled(learn or spared):
+            env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
             for operation in self.program.operations[:operations]:
                 if isinstance(operation.target, str):
                     given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
@@ -149,7 +151,13 @@ class BranchOnRows:
                 for value, tensor in zip(operation.outputs, trees.tensors(output), strict=False):
                     if value is not None:
                         env[value] = tensor
-        return env
+        return {value: tensor.detach() for value, tensor in env.items()} if spared else env
+
+    def _is_compiled(self) -> bool:
+        """Is a module that the branch calls compiled, in place or as what `torch.compile` has returned?"""
+        called = (o.target for o in self.program.operations if isinstance(o.target, str))
+        modules = map(self.model.get_submodule, called)
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
     def leave(self, own: Tensor, others: Tensor | None) -> Tensor:
         """The branch output for all rows, from that of the model's own call and of `replay`; None: zeros."""

@@ -147,6 +147,7 @@ class LaterHook(RunHook):
 
     def cut_traced(self, module: nn.Module, *given: Any) -> Any:
         """The same in a graph."""
+        parts.ready(id(self.run))
         if self.on_rows.replaying or self.on_rows.passing is None:
             return None
         return self.on_rows.later(self.name, given)

@@ -15,7 +15,7 @@ COMMANDS = [
     path
     for folder in ("recipes", "tools")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if 'if __name__ == "__main__":' in path.read_text() and path.name != "benchmark_panels.py"
+    if 'if __name__ == "__main__":' in path.read_text()
 ]
 HEAVY = {"matplotlib", "rdp", "tensorboard", "timm", "torch", "torchvision", "transformers"}
 """Of what they import, what takes longer than a tenth of a second. It is counted, not timed."""
