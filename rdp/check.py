@@ -11,7 +11,7 @@ from rdp.branches import Branch, Refusal
 from rdp.errors import listed, warn
 from rdp.phases import Phase
 from rdp.proof import Proof
-from rdp.training.hooks import GateHook
+from rdp.training.gate_hooks import GateHook
 
 if TYPE_CHECKING:
     from rdp.training.run import Run

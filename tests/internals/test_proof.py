@@ -16,7 +16,7 @@ from rdp import proof, rows
 from rdp.discovery import candidates
 from rdp.rows import operations, places
 from rdp.rows.axes import Coupling
-from rdp.training import gates, hooks
+from rdp.training import gate_hooks, gates, hooks
 
 KINDS = ("plain", "plain", "plain")
 MODES = pytest.mark.parametrize("mode", ["row", "batch"])
@@ -246,7 +246,7 @@ def test_a_part_without_gradients_that_is_dropped(mode, monkeypatch):
     torch.manual_seed(0)
     model = Frozen(KINDS)
     assert refused(model, model.rows(2, 0), mode=mode, compute="dense") == []
-    monkeypatch.setattr(hooks, "is_plain", lambda *_: False)
+    monkeypatch.setattr(gate_hooks, "is_plain", lambda *_: False)
     with rdp.attach(
         model, 0.5, decay="constant", mode=mode, compute="dense", example_inputs=model.rows(2, 0)
     ) as handle:

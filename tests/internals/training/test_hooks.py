@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import rdp
 from rdp import Phase
 from rdp.copies import Hook
-from rdp.training.hooks import EntryHook, GateHook, LaterHook, RunHook
+from rdp.training.gate_hooks import EntryHook, GateHook, LaterHook
+from rdp.training.run_hook import RunHook
 from rdp.training.step import Draw, Forward
 from rdp.training.switches import Switch
 

@@ -17,7 +17,7 @@ from torch.optim import SGD
 import rdp
 from rdp import Phase, masks
 from rdp.distributed.ranks import Ranks
-from rdp.training import drawing, hooks
+from rdp.training import drawing, run_hook
 from rdp.training import run as module
 from rdp.training.run import Run
 
@@ -142,10 +142,10 @@ def test_under_join_ranks_are_asked_of_each_forward_and_the_answers_of_those_tha
     [("batch", False, True), ("batch", True, True), ("row", False, True), ("row", True, False)],
 )
 def test_no_graph_is_needed_where_all_ranks_leave_it_out(mode, several, may, checkpoint, monkeypatch):
-    monkeypatch.setattr(hooks, "in_reentrant_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(run_hook, "in_reentrant_checkpoint", lambda: checkpoint)
     run = attached(mode=mode)[2]
     run.several = several
-    assert hooks.may_leave_no_graph(run) == (may and not checkpoint)
+    assert run_hook.may_leave_no_graph(run) == (may and not checkpoint)
 
 
 def test_a_rank_that_was_out_of_data_catches_up_and_never_falls_back():
