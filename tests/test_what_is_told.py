@@ -298,7 +298,7 @@ def test_an_output_without_rows_of_its_own(mode):
 
 
 def test_how_a_handle_is_printed():
-    model, handle = attached(example_inputs=None)
+    model, handle = attached(example_inputs=None, verify=True)
     head = "ResidualDropPath(BlockMLP, rate=0.6, mode='row'): "
     assert repr(handle) == f"{head}step 0, phase DROP; branches will be found in the first training forward"
     learn(model)

@@ -52,7 +52,8 @@ class Recipe:
             self.rdp.load_state_dict(checkpoint["rdp"])
             self.global_step = checkpoint["global_step"]
         if self.compile is not None:
-            self.model.compile(backend=self.compile)
+            for block in self.model.blocks:  # one by one, as torchtune does, and as batch mode saves work
+                block.compile(backend=self.compile)
 
     def train(self, max_steps: int) -> None:
         """Train up to an optimizer step."""

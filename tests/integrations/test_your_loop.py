@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ def names(tmp_path: Path, attached: bool) -> dict[str, Any]:
     scope: dict[str, Any] = {"rdp": rdp, "torch": torch, "timm": timm, "SAM": SAM, "model": model, "loader": loader}
     scope |= {"loss_fn": torch.nn.functional.cross_entropy, "images": loader[0][0], "device": "cpu"}
     scope |= {"path": tmp_path / "checkpoint.pt", "other": small_vit()}
+    # Stand-ins; tests/tensorboard/test_loggers.py runs the functions against the real packages.
+    logger = SimpleNamespace(log=lambda *_, **__: None, Image=lambda image: image)
+    scope |= {"probe": loader[0][0][:2], "wandb": logger}
     scope["body_parameters"] = [p for name, p in model.named_parameters() if not name.startswith("head")]
     scope["head_parameters"] = list(model.head.parameters())
     if attached:
@@ -82,7 +86,7 @@ def test_what_is_refused_says_so(code: str, error: str, tmp_path: Path) -> None:
 
 
 def test_the_page_was_read() -> None:
-    assert len(SNIPPETS) == PAGE.count("```python") - len(COPIES) == 9
+    assert len(SNIPPETS) == PAGE.count("```python") - len(COPIES) == 10
     assert len(COPIES) == 4
     assert len(REFUSED) == sum(line.startswith("| `") and "Error` |" in line for line in PAGE.splitlines()) == 13
     for link in re.findall(r"\]\((\.\./\S+?)\)", PAGE):
