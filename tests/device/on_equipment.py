@@ -108,7 +108,7 @@ def test_what_waits_in_the_hot_path_is_found_and_where(monkeypatch: pytest.Monke
     for what in ("item", "bool", "tolist", "blocking copy"):
         waits = _planted(monkeypatch, WAITS[what])
         assert len(waits) >= 8, what  # two blocks, two branches each, two steps
-        assert all("from rdp: hooks.py" in wait for wait in waits)
+        assert all("from rdp: gate_hooks.py" in wait for wait in waits)
 
 
 def test_a_mask_on_the_wrong_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
