@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeVar
 
 import project_paths  # noqa: F401
 import tyro
@@ -37,6 +38,9 @@ with interruptible():
     from torchvision.ops import stochastic_depth
 
     import rdp
+
+
+Options = TypeVar("Options", bound=Args)
 
 
 @dataclass
@@ -250,11 +254,24 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def checked(args: Options) -> Options:
+    """The options, with the device that "auto" takes.
+
+    Raises:
+        SystemExit: If one makes no sense; it is said before anything is measured.
+    """
+    if unknown := [name for name in args.models if name != "mlp" and not timm.is_model(name)]:
+        raise SystemExit(f"timm has no model {unknown[0]!r}; mlp is a residual MLP")
+    if min(args.batch_size, args.resolution, args.cycles) < 1 or args.rounds < 0 or not 0 <= args.rate < 1:
+        raise SystemExit("sizes and --cycles are at least 1, --rounds at least 0, and --rate in [0, 1)")
+    found: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return replace(args, device=found) if args.device == "auto" else args
+
+
 def main(args: Args) -> None:
     """Measure, print, and write."""
     rows: list[Row] = []
-    if args.device == "auto":
-        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    args = checked(args)
     for name in args.models:
         rows += measure(name, args)
         if args.json_file is not None:

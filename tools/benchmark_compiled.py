@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 with interruptible():
     import torch
-    from benchmark import Contender, build, inputs_of, seconds, sgd, step
+    from benchmark import Contender, build, checked, inputs_of, seconds, sgd, step
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch import Tensor
     from torch._dynamo.backends.common import aot_autograd
@@ -119,6 +119,7 @@ def times(name: str, args: Args, x: Tensor, by_block: bool) -> list[float]:
 
 def main(args: Args) -> None:
     """Count, time, and print."""
+    args = checked(args)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {args.dtype}, rate {args.rate} {args.decay}\n")
     print("| model | compiled | graphs | FLOPs DROP / FREEZE | **mean** | time DROP / FREEZE | **mean** |")

@@ -74,6 +74,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float
 
 def main(args: Args) -> None:
     """Measure and print."""
+    if min(args.batch_size, args.depth, args.rounds) < 1 or args.width < 64 or args.width % 64:
+        raise SystemExit("sizes and --rounds are at least 1, and --width a multiple of 64")
+    if not all(0 <= rate < 1 for rate in args.rates):
+        raise SystemExit("--rates are in [0, 1)")
     x = torch.randn(args.batch_size, 3, 64, 64)
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, CPU, {threads} threads, batch {x.shape[0]}, CPU time over plain\n")

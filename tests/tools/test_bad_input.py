@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from engine import RunError, explained
 
 from tools import (
+    benchmark,
+    benchmark_compiled,
     benchmark_launches,
     benchmark_loaders,
     benchmark_memory,
@@ -124,3 +127,15 @@ def test_models_and_sizes_that_are_none_are_named() -> None:
     ):
         with pytest.raises(SystemExit, match=sentence):
             benchmark_memory.main(benchmark_memory.Args(**wrong))
+
+
+@pytest.mark.parametrize("tool", [benchmark, benchmark_compiled])
+def test_options_of_benchmarks_are_checked_before_anything_is_measured(tool: ModuleType) -> None:
+    for wrong, message in (
+        ({"models": ("nope",)}, "timm has no model 'nope'"),
+        ({"rate": 1.0}, r"--rate in \[0, 1\)"),
+        ({"batch_size": 0}, "sizes and --cycles are at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            tool.main(tool.Args(**wrong))
+    assert benchmark.checked(tool.Args()).device in ("cpu", "cuda")
