@@ -170,7 +170,9 @@ def arms(setting: Setting) -> list[Arm]:
             )
             for length, start, to in ((0.95, 0.8, 0.75), (0.85, 0.5, 0.7))
         ),
-        Arm("droppath", "DropPath row 0.1, scaled", ("--algorithm", "droppath", "--mode", "row", *_COMPUTE), 1.0, MATTER),
+        Arm(
+            "droppath", "DropPath row 0.1, scaled", ("--algorithm", "droppath", "--mode", "row", *_COMPUTE), 1.0, MATTER
+        ),
         Arm("rdp-row", "RDP row 0.1", rdp(mode="row"), row, MATTER),
         Arm("rdp-batch", "RDP batch 0.1", rdp(mode="batch"), 0.72, MATTER),
         *(
