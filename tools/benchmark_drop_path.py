@@ -4,7 +4,7 @@
 
 Rivals: blocks that leave dropped rows out by hand, as DINOv2's do (`index_add`); timm's DropPath and torchvision's
 StochasticDepth, which multiply by masks; and blocks that are skipped as a whole for a batch, as Composer's stochastic
-depth and torchtune's layer dropout do: another algorithm, in which both branches of a block share one fate, for all rows.
+depth and torchtune's layer dropout do, another algorithm: the branches of a block share one fate, for all rows.
 
 Plain training, the rivals and we take turns, step by step. What is counted is the CPU time of the process, of which
 another that runs beside it takes none; a low quantile of it, since caches are shared, but for whole blocks, whose steps
