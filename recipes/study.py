@@ -1,6 +1,6 @@
 """What does Residual DropPath buy at a given cost? The study of docs/evidence.md: arms x seeds of each setting.
 
-    python recipes/study.py --data-dir DATA                   # resnet, vit and gpt: about 13 core-hours
+    python recipes/study.py --data-dir DATA                   # resnet, vit and gpt: about 12 core-hours
     python recipes/study.py --data-dir DATA --list            # what is done, what is left and how long it will take
     python recipes/study.py --settings trial                  # minutes, to try the command
     python recipes/study.py --settings gpt --arms standard rdp-row --seeds 10 11 12
