@@ -152,7 +152,7 @@ def run(config: CharGptConfig, seed: int, world: World) -> None:
     train_data = TextLoader(text, windows=config.windows, batch_size=batch, train=True, seed=seed, **common)
     test_data = TextLoader(test_text, windows=config.limit_test or 512, batch_size=64, train=False, **common)
     model = CharGpt(len(vocabulary), config.depth, config.width, config.heads, config.context)
-    train(model, train_data, test_data, config=config, seed=seed, world=world)
+    train(model, train_data, test_data, config=config, seed=seed, world=world, vocabulary=vocabulary)
 
 
 if __name__ == "__main__":

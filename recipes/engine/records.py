@@ -84,18 +84,20 @@ class Records:
                 self._events.settings({"title": title, **config.to_json(), "lr": config.peak_lr})
         self._write_history()
 
-    def open_panels(self, handle: rdp.ResidualDropPath | None, images: Tensor) -> None:
+    def open_panels(self, handle: rdp.ResidualDropPath | None, images: Tensor, vocabulary: str | None = None) -> None:
         """Draw pictures of feature reuse and masks from now on, if `panels` of the configuration asks for them.
 
         Args:
             handle: attached to the model.
-            images: on which features are compared, `Tensor[N, C, H, W]`.
+            images: on which features are compared, `Tensor[N, C, H, W]`; or texts, `Tensor[N, T]` of numbers.
+            vocabulary: of texts, the characters by number.
         """
         if self._writer is None or handle is None:
             return
         self._events.text("model", f"```\n{handle}\n```")
         if self._every:
-            self._panels = Panels(handle, images, self._writer, images_every=self._every)
+            tokens = [vocabulary[number] for number in images[0].tolist()] if vocabulary is not None else None
+            self._panels = Panels(handle, images, self._writer, images_every=self._every, tokens=tokens)
 
     def gradients(self, step: int, loss: Tensor) -> None:
         """Let the panels look at the gradients; call it between `backward` and the optimizer's step."""

@@ -39,7 +39,14 @@ PROBE = 16  # images that features are compared on
 
 
 def train(
-    model: nn.Module, train_data: Loader, test_data: Loader, *, config: Config, seed: int, world: World
+    model: nn.Module,
+    train_data: Loader,
+    test_data: Loader,
+    *,
+    config: Config,
+    seed: int,
+    world: World,
+    vocabulary: str | None = None,
 ) -> dict[str, Any]:
     """Train and test a model, and leave everything in the results folder of its seed.
 
@@ -50,6 +57,7 @@ def train(
         config: the settings.
         seed: of this run.
         world: the processes that train together.
+        vocabulary: of data that is text, the characters by number, for the pictures.
 
     Returns:
         The content of `result.json`.
@@ -62,7 +70,7 @@ def train(
     steps_per_epoch = len(train_data) // config.accumulate
     _check(train_data, test_data, steps_per_epoch, config)
     with claim(seed_folder(config, seed)) if world.is_first else nullcontext() as claimed:
-        return _train(model, train_data, test_data, steps_per_epoch, config, seed, world, claimed)
+        return _train(model, train_data, test_data, steps_per_epoch, config, seed, world, vocabulary, claimed)
 
 
 def _train(
@@ -73,6 +81,7 @@ def _train(
     config: Config,
     seed: int,
     world: World,
+    vocabulary: str | None,
     claimed: Claim | None,
 ) -> dict[str, Any]:
     # Between looking at the folder and holding it, another process may have worked in it.
@@ -144,7 +153,7 @@ def _train(
 
     if config.resume and saved is None:
         records.say(f"nothing to resume in {folder}: starting from the beginning")
-    records.open_panels(handle, images[:PROBE])
+    records.open_panels(handle, images[:PROBE], vocabulary)
     records.say(f"training: epoch {state.epoch + 1} of {epochs}, {steps_per_epoch} steps each")
 
     def save() -> None:

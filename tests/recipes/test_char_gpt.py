@@ -10,10 +10,12 @@ import char_gpt
 import pytest
 import torch
 from char_gpt import CharGpt
+from data.text import read_python
 from engine import command_line
 from engine.main import main
 
 import rdp
+from rdp.tensorboard import Panels
 
 TINY = ["--depth", "2", "--width", "16", "--heads", "2", "--context", "8", "--windows", "32", "--limit-test", "8"]
 
@@ -39,6 +41,23 @@ def test_it_learns(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines[-1]["test_loss"] < lines[0]["test_loss"] < 4.7
     result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
     assert (result["steps"], result["relative_flops"] < 1) == (6, algorithm == "rdp")
+
+
+def test_the_pictures_show_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Seen(Panels):
+        def __init__(self, handle, inputs, *args, tokens=None, **options) -> None:
+            shown.append((inputs, tokens))
+            super().__init__(handle, inputs, *args, tokens=tokens, **options)
+
+    monkeypatch.setattr("engine.records.Panels", Seen)
+    options = ["--epochs", "1", "--warmup-epochs", "0", "--seeds", "1", "--device", "cpu", "--panels", "2"]
+    monkeypatch.setattr(sys, "argv", ["x", *TINY, *options, "--out", str(tmp_path)])
+    main(command_line(char_gpt.configure), char_gpt.run)
+    [(texts, tokens)] = shown
+    vocabulary = read_python()[2]
+    assert [vocabulary.index(token) for token in tokens] == texts[0].tolist()
 
 
 def test_no_character_sees_a_later_one() -> None:
