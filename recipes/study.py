@@ -25,6 +25,7 @@ from typing import Annotated
 import engine  # noqa: F401 (first: Ctrl-C ends its imports)
 import tyro
 from engine import interruptible
+from engine.messages import log
 from study_arms import SETTINGS, arms
 from study_run import Job, Run, StudyError, commit, read
 
@@ -135,7 +136,7 @@ def work_off(runs: Sequence[Run], args: Args, ours: str) -> list[str]:
                 failed.append(said)
             waiting = [job.run for job in jobs] + left
             hours = estimate(waiting, args) / 3600
-            print(f"{said}; {len(waiting)} runs left, about {hours:.1f} hours", flush=True)
+            log.info("%s; %d runs left, about %.1f hours", said, len(waiting), hours)
     return failed
 
 

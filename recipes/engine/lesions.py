@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rdp
+from engine.messages import log
 from rdp.analysis import lesions
 from rdp.tensorboard import lesion_panel, png
 
@@ -28,6 +29,6 @@ def measure_lesions(
     """
     found = lesions(handle, top1, progress=progress)
     if folder is not None:
-        print(found, flush=True)
+        log.info("%s", found)
         (folder / "lesions.png").write_bytes(png(lesion_panel(found, metric="top-1")))
     return dataclasses.asdict(found)

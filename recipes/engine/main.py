@@ -8,6 +8,7 @@ from engine.config import ConfigT
 from engine.errors import explained
 from engine.folder import is_finished, seed_folder
 from engine.launch import World, join, launch
+from engine.messages import log
 from engine.output import best_effort_output
 from engine.rng import seed_all
 
@@ -26,11 +27,11 @@ def main(config: ConfigT, run: Callable[[ConfigT, int, World], None]) -> None:
         launch(config)
         with join(config) as world:
             if world.is_first:
-                print(f"{config.describe()}\nreading the data", flush=True)
+                log.info("%s\nreading the data", config.describe())
             for seed in range(config.seed, config.seed + config.seeds):
                 if world.highest(world.is_first and is_finished(config, seed)):
                     if world.is_first:
-                        print(f"{seed_folder(config, seed)} is finished: nothing to do", flush=True)
+                        log.info("%s is finished: nothing to do", seed_folder(config, seed))
                     continue
                 seed_all(seed)
                 run(config, seed, world)

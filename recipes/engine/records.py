@@ -14,11 +14,12 @@ from typing import Any, Self
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import rdp
 from engine.config import Config
 from engine.files import write_atomically
+from engine.messages import log
+from engine.progress import tqdm
 from rdp.tensorboard import Events, Panels
 
 _GROUPS = {"train": "train", "test": "test", "ema": "test_ema"}
@@ -73,7 +74,7 @@ class Records:
             unit_scale=True,
             smoothing=0.05,
             dynamic_ncols=True,
-            disable=folder is None or not config.progress,
+            **({"disable": True} if folder is None or not config.progress else {}),
         )
         self._writer: SummaryWriter | None = None
         if folder is not None:
@@ -139,9 +140,9 @@ class Records:
         self.say(f"{trained}{tested}{numbers['images_per_second']:.0f} images/s")
 
     def say(self, sentence: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line."""
         if self._folder is not None:
-            self._bar.write(sentence)
+            log.info(sentence)
 
     def __enter__(self) -> Self:
         """Nothing to do: the records are open."""
@@ -179,7 +180,7 @@ class Records:
         try:
             yield
         except OSError as error:
-            self.say(f"cannot write the records of {self._folder}: {error.strerror}; the run goes on")
+            log.warning("cannot write the records of %s: %s; the run goes on", self._folder, error.strerror)
 
 
 def tell_result(events: Events, result: dict[str, Any], step: int) -> None:

@@ -26,6 +26,7 @@ from engine.folder import begin, is_finished, seed_folder, write_json
 from engine.interrupt import Action, Interrupts
 from engine.launch import World
 from engine.lock import Claim, claim
+from engine.messages import log
 from engine.model import attach, check_model, distribute, make_optimizer
 from engine.outside import slow_outside
 from engine.records import Records
@@ -88,10 +89,9 @@ def _train(
     folder = seed_folder(config, seed)
     if world.is_first:
         is_finished(config, seed)
-        print(
-            f"{train_data.samples} training and {test_data.samples} test images of {train_data.classes} classes "
-            f"({train_data.kind} loader)",
-            flush=True,
+        log.info(
+            "%d training and %d test images of %d classes (%s loader)",
+            *(train_data.samples, test_data.samples, train_data.classes, train_data.kind),
         )
 
     # The model, what is attached to it, and its optimizer.
