@@ -1,38 +1,34 @@
 """A training run of an attached model: what the handle, the hooks and the optimizers share.
 
-The handle shows it to the user and changes where it stands, the hooks begin its forwards and gate them, and the
-optimizers end its steps.
+The handle shows it to the user and changes where it stands, the calls of the model (`calls.py`) begin its forwards, the
+hooks gate them, and the optimizers end its steps.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from rdp import refusals, trees
 from rdp.branches import Branch
 from rdp.distributed.agreement import Agreement
 from rdp.distributed.ranks import Ranks
-from rdp.errors import ForwardError
 from rdp.inputs import Rows
 from rdp.options import Options
 from rdp.phases import Phase
-from rdp.training import compiled, gates, parts, switches
+from rdp.training import compiled
 from rdp.training.cycles import Cycles
 from rdp.training.drawing import drawn
 from rdp.training.first_cycle import FirstCycle
 from rdp.training.frozen import Frozen, Probes, Slot, slots
 from rdp.training.recomputation import Calls
-from rdp.training.step import Draw, Forward, next_node
+from rdp.training.step import Draw, Forward
 from rdp.training.switches import Switch
 from rdp.training.watch import Watch
 
@@ -175,41 +171,6 @@ class Run:
             "the phases, mode or sampling": (self.schedule.phases, self.options.mode, self.options.sampling),
         }
 
-    @_disable_dynamo  # a compiler must not look into it, even where it has given up on the caller
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The model is called: a training forward finds the branches, if they are not known, and gets its masks.
-
-        Raises:
-            ForwardError: If `module` is another than the attached one, or its rows cannot be masked.
-        """
-        refusals.check_attached_one(module, self.model)
-        calls, forward, in_backward = self.calls, None, torch._C._current_graph_task_id() != -1
-        if not in_backward:
-            self.compiled = None  # a backward that raised has left it
-            if calls.running:
-                calls.forget_interrupted(module)
-        try:
-            if self.pauses or not module.training or not torch.is_grad_enabled():
-                return
-            if in_backward:
-                forward = calls.of_backward(self.step)
-                if forward is not None:
-                    return
-                raise ForwardError(refusals.CHECKPOINTED)
-            refusals.check_rows_apart()
-            if not self.branches:
-                self.discover(args, kwargs)
-                if callable(unshard := getattr(module, "unshard", None)):
-                    unshard()  # FSDP has sharded the model again after the forwards of discovery
-            forward = self.begin_forward(refusals.count_rows(self.rows, (args, kwargs), self.options.mode))
-            forward.running, forward.nodes = True, (next_node(), 0)
-            self.first.called((args, kwargs), forward)
-            self.compiled = parts.given(self, forward)
-        finally:
-            calls.running.append(forward)  # in any case, since `end` is called even after an error
-            if self.compiles:
-                parts.allow_graphs(self)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within this context forwards are plain and do not count."""
@@ -251,33 +212,6 @@ class Run:
         forward = Forward(step.phase, position, draw, self.masks, live, plain)
         step.forwards.append(forward)
         return forward
-
-    @_disable_dynamo
-    def end(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The model has returned, or raised; returns its output in another form, or None to leave it."""
-        parts.over(self)
-        forward = self.calls.running.pop() if self.calls.running else None
-        if forward is None or not forward.running:  # which is over already where it was recomputed
-            self.watch.evaluations += not (self.pauses or module.training)
-            return None
-        forward.reached |= switches.reached(self) if self.compiles else set()
-        self.watch.reached |= forward.reached
-        forward.running, forward.nodes = False, (forward.nodes[0], next_node())
-        if sys.exception() is not None and id(sys.exception()) != forward.handling:
-            forward.spent = True  # it has raised, and not in the midst of handling an error from before
-            return None
-        returned, linked = list(trees.tensors(output)), None
-        self.first.returned(self, forward, returned)
-        if torch.is_grad_enabled() and (self.several or not any(x.requires_grad for x in returned)):
-            # Without this, a backward of nothing but frozen branches has no graph, and DistributedDataParallel waits
-            # for the gradients of branches that are out of the graph on this rank.
-            linked = gates.link_output(output, self.frozen.trainable())
-            returned = list(trees.tensors(linked))
-        for x in returned:
-            if x.requires_grad:
-                self.step.mark(forward, x)
-        forward.learnt = forward.graph is None  # where no backward could be seen, it is taken for granted
-        return linked
 
     def live(self) -> Tensor:
         """The branches that learn in this step, as far as can be told, bool `Tensor[branches]`."""
