@@ -54,7 +54,7 @@ def report(studies: list[Study]) -> str:
             against = _difference(pairs.get(key, []), study)
             cells = [arm.title, *_measured(study, arm), against, *tested, *_beside(study, arm)]
             lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", *_where(study), ""]
     lines.append(
         "Means ± standard deviations over n seeds. Differences are paired by seed, positive where the arm is better (a "
         "loss: lower), ± half of the 95 % interval. p: two-sided paired t-test against the plain frontier at the arm's "
@@ -64,6 +64,28 @@ def report(studies: list[Study]) -> str:
         "metric with BatchNorm's statistics taken anew, minus that without."
     )
     return "\n".join(lines)
+
+
+def _where(study: Study) -> list[str]:
+    """On which machines, and whether their FLOPs were counted on another."""
+    seeds: dict[str, set[int]] = {}
+    recounted = set()
+    for arm, records in study.records.items():
+        for seed, record in records.items():
+            environment = record.get("environment", {})
+            torch = environment.get("packages", {}).get("torch", "?")
+            place = f"{' '.join(environment.get('gpus', ())) or 'CPU'}, torch {torch}"
+            seeds.setdefault(place, set()).add(seed)
+            if "recounted" in record:
+                recounted.add(arm)
+    said = "; ".join(f"{place} (seeds {' '.join(map(str, sorted(those)))})" for place, those in seeds.items())
+    lines = [f"Run on {said}."]
+    if recounted:
+        lines.append(
+            f"Cost of {', '.join(sorted(recounted))} counted afterwards, with what can run on rows on rows; see "
+            "`recounted` in the records."
+        )
+    return lines
 
 
 def _measured(study: Study, arm: Arm) -> list[str]:

@@ -101,6 +101,16 @@ def test_a_partial_study_says_what_is_missing(root: Path) -> None:
     assert len(compared(read_studies(root))) == 1
 
 
+def test_it_says_where_runs_were_made(root: Path) -> None:
+    for seed, gpus in ((0, ["H100"]), (1, [])):
+        path = root / "resnet" / "standard" / f"seed-{seed}.json"
+        environment = {"gpus": gpus, "packages": {"torch": "2.9"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": environment, "recounted": {}}))
+    text = report([only(root)])
+    assert "H100, torch 2.9 (seeds 0); CPU, torch 2.9 (seeds 1)" in text
+    assert "Cost of standard counted afterwards" in text
+
+
 def test_the_figure_is_drawn_of_what_there_is(root: Path, tmp_path: Path) -> None:
     write(root, "rdp-batch", 0.7, seeds(57.0, 0.1, count=2))
     write(root, "droppath", 1.0, {0: 60.0}, setting="vit")
