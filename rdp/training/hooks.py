@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from rdp.branches import Branch
 from rdp.rows.branch import BranchOnRows
 from rdp.rows.program import Program
-from rdp.training import calls, compiled
+from rdp.training import compiled, model_hooks
 from rdp.training.cut_hook import CutHook
 from rdp.training.gate_hooks import EntryHook, GateHook, IdleHook, LaterHook
 from rdp.training.run_hook import RunHook
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def install_on_model(run: Run) -> Iterator[RemovableHandle]:
     """Hook the model itself: masks are decided there, once, for all branches."""
-    begin = RunHook(run, functools.partial(calls.begin, run), functools.partial(compiled.begin, run))
-    end = RunHook(run, functools.partial(calls.end, run), functools.partial(compiled.end, run))
+    begin = RunHook(run, functools.partial(model_hooks.begin, run), functools.partial(compiled.begin, run))
+    end = RunHook(run, functools.partial(model_hooks.end, run), functools.partial(compiled.end, run))
     yield run.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
     yield run.model.register_forward_hook(end, always_call=True)
 

@@ -1,7 +1,7 @@
 """A training run of an attached model: what the handle, the hooks and the optimizers share.
 
-The handle shows it to the user and changes where it stands, the calls of the model (`calls.py`) begin its forwards, the
-hooks gate them, and the optimizers end its steps.
+The handle shows it to the user and changes where it stands, the hooks of the model itself (`model_hooks.py`) begin its
+forwards, the others gate them, and the optimizers end its steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calls of the attached model, as its own hooks see them: a training forward begins and ends.
+"""What the hooks of the attached model itself do: a training forward begins, and ends.
 
 What a compiler sees of them is in `compiled.py`.
 """
