@@ -56,7 +56,8 @@ def similarity_panel(
             axes.set(xlim=(-0.3, len(layers) - 0.7))
         whole_numbers(far, near)
         for axes in (distances, similarities):
-            axes.set(xlabel=f"layer (0: {enters})", ylabel="layer")
+            axes.set_xlabel(f"layer (0: {enters})")
+        distances.set_ylabel("layer")  # and of the other, which has no room for it
         if np.isnan(distance).any():
             distances.set_title("Distance (grey: shapes differ)")
         return pixels(made)

@@ -11,12 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rdp.tensorboard.colors import Image
 
 DPI = 200
 """Pixels an inch: two a point of a screen of 100, so that charts are sharp on a screen that has them."""
+
+_RANGE = 3
+"""Of the largest and the smallest, above which a scale is logarithmic: at least two of its ticks are within."""
 
 _TEXT: dict[Any, Any] = {
     "font.size": 12,
@@ -70,6 +73,24 @@ def whole_numbers(*several: Axes) -> None:
     """Few ticks below, at whole numbers: steps, layers and branches have no others."""
     for axes in several:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def short_numbers(axes: Axes) -> None:
+    """Numbers beside the axes that have room there, whatever they are."""
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:.4g}" if abs(x) < 1e4 else EngFormatter(sep="")(x))
+
+
+def logarithmic(axes: Axes) -> None:
+    """Draw what is there on a logarithmic scale, if it is positive and covers a range; numbers are short anyway."""
+    short_numbers(axes)
+    values = np.array([value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)])
+    values = values[np.isfinite(values)]
+    if not len(values) or values.min() <= 0 or values.max() < _RANGE * values.min():
+        return
+    axes.set(yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    short_numbers(axes)  # a scale brings its own
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def pixels(made: Figure) -> Image:

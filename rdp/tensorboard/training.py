@@ -14,7 +14,7 @@ from rdp.analysis.lesions import Lesions
 from rdp.phases import Phase
 from rdp.tensorboard.charts import worth_bars
 from rdp.tensorboard.colors import LINES, UNDEFINED, Image
-from rdp.tensorboard.plots import figure, headed, pixels, style, whole_numbers
+from rdp.tensorboard.plots import figure, headed, logarithmic, pixels, short_numbers, style, whole_numbers
 
 _SMOOTH = 20
 """A point of a smoothed curve is the mean over a tenth of the curve: this part of it to either side."""
@@ -94,7 +94,7 @@ def training_panel(
         points = history.points
         _losses(losses, points)
         _smoothed(gradients, points.get("train/gradient_norm", []), None)
-        gradients.set(yscale="log")
+        logarithmic(gradients)
         headed(gradients, "Gradient norm, mean over phases")
         _rate(rates, points.get("rdp/rate", []))
         _tests(tests, points)
@@ -143,9 +143,7 @@ def _losses(axes: Axes, points: Mapping[str, Sequence[tuple[int, float]]]) -> No
     _smoothed(axes, points.get("train/loss", []), "all, smoothed" if axes.lines else "smoothed")
     if curve := points.get("test/loss"):
         axes.plot(*zip(*curve, strict=True), color=LINES[2], marker=".", linewidth=1, label="test")
-    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)]
-    if values and min(values) > 0:
-        axes.set(yscale="log")
+    logarithmic(axes)
     headed(axes, "Loss")
 
 
@@ -178,4 +176,5 @@ def _tests(axes: Axes, points: Mapping[str, Sequence[tuple[int, float]]]) -> Non
     curves.pop("loss", None)
     for color, (name, curve) in zip(LINES, curves.items(), strict=False):
         axes.plot(*zip(*curve, strict=True), color=color, marker=".", linewidth=1.5, label=name)
+    short_numbers(axes)
     headed(axes, "Test")

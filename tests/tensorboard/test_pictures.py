@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image as pil
 from PIL import ImageColor, ImageDraw
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from rdp.tensorboard.cells import weight_lines
 from rdp.tensorboard.colors import INK, LINES, PAPER, SignedScale, signed_colors
 from rdp.tensorboard.layout import Column, Layout, arrange
 from rdp.tensorboard.legend import font, short
+from rdp.tensorboard.plots import pixels
 from rdp.tensorboard.probing import Probing
 
 
@@ -424,3 +426,20 @@ def test_lesions_of_several_ways_of_training_stand_side_by_side() -> None:
     for color in LINES[:2]:
         assert (abs(legend - ImageColor.getrgb(color)).sum(axis=1) < 20).any()
     assert max(bars(image, LINES[1])) == pytest.approx(max(bars(image, LINES[0])) / 3, abs=4)
+
+
+@pytest.mark.parametrize(("first", "last"), [(2.3, 2e-5), (2.3, 0.3), (1.9, 1.1), (3e5, 1.2e5), (-3.0, 5.0)])
+def test_every_number_of_a_training_panel_is_whole(first: float, last: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("rdp.tensorboard.training.pixels", lambda made: drawn.append(made) or pixels(made))
+    history = History()
+    for step, value in enumerate(np.linspace(first, last, 50)):
+        history.add(20_000 * step, {"train/loss": value, "train/gradient_norm": value, "test/top1": 100 * value})
+    training_panel({}, history)
+    (made,) = drawn
+    for axes in made.axes:
+        low, high = axes.get_ylim()
+        labels = [label for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+        assert sum(bool(label.get_text()) for label in labels) >= 2 or not axes.lines
+        boxes = [label.get_window_extent() for label in labels if label.get_text()]
+        assert all(box.x0 >= 0 and box.x1 <= made.bbox.x1 for box in boxes)
