@@ -111,16 +111,17 @@ def allow_graphs(run: Run) -> None:
     """Let torch make as many graphs for each branch as it usually makes for all blocks of one class.
 
     It counts those of all blocks of a class together, though each has hooks of its own, and past its limit it would run
-    them in Python, in silence. It has its limit back when the model, or a backward, has returned.
+    them in Python, in silence. It has its limit back when the model, or a backward, has returned. `cache_size_limit` is
+    what torch 2.6 calls the `recompile_limit`, and a name for it ever since.
     """
     if run.graphs is None:
         config = torch._dynamo.config
-        run.graphs = config.recompile_limit
-        config.recompile_limit *= max(len(run.branches), 1)
+        run.graphs = config.cache_size_limit
+        config.cache_size_limit *= max(len(run.branches), 1)
 
 
 def over(run: Run) -> None:
     """A forward in Python has ended, or a backward of such."""
     run.compiled = None
     if run.graphs is not None:
-        torch._dynamo.config.recompile_limit, run.graphs = run.graphs, None
+        torch._dynamo.config.cache_size_limit, run.graphs = run.graphs, None

@@ -251,12 +251,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 @functools.cache
 def copies_from_pinned(kind: str) -> bool:
     """Do devices of this kind copy by themselves, from memory that torch can pin for them?"""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != kind:
-        return False
     try:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or accelerator.type != kind:
+            return False
         torch.empty(1).pin_memory()
-    except RuntimeError:  # a backend need not have it
+    except RuntimeError:  # a backend need not have it; torch 2.6 raises where there is no accelerator
         return False
     return True
 
