@@ -202,15 +202,15 @@ def run_of(run: int) -> Run:
 
 
 @constant
-def traced(run: int, branch: int) -> int:
-    """Note that a graph gates a branch."""
-    this = _runs[run]
+def traced(run: int, key: str) -> str:
+    """Note that a graph gates a branch; its number, as text, since torch makes symbols of numbers that differ."""
+    this, branch = _runs[run], int(key)
     this.watch.traced.add(branch)
     this.watch.reached.add(branch)
     this.watch.whole |= this.options.mode == "batch" and not this.calls.running
     if this.options.mode == "row" and this.branches[branch].compute == "rows" and not in_order(this):
         this.watch.dense_in_graph = True
-    return branch
+    return key
 
 
 def end(run: Run, *_: Any) -> None:

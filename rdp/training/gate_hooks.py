@@ -25,7 +25,7 @@ class EntryHook(RunHook):
 
     def __init__(self, run: Run, branch: int, on_rows: BranchOnRows) -> None:
         super().__init__(run, self.cut, self.cut_traced)
-        self.branch = branch
+        self.branch, self.key = branch, str(branch)
         self.on_rows = on_rows
 
     def cut(self, module: nn.Module, *given: Any) -> Any:
@@ -55,7 +55,7 @@ class EntryHook(RunHook):
             return None
         if on_rows.passing is not None:  # what an interrupted forward has left behind
             on_rows.passing = None
-        if run.options.mode == "batch" or not gates_traced(run, self.branch):
+        if run.options.mode == "batch" or not gates_traced(self):
             return None
         rows = compiled.split(run, self.branch, on_rows.program)
         return None if rows is None else on_rows.enter(given, lambda _: rows, run.step.phase is Phase.FREEZE)
@@ -97,7 +97,7 @@ class GateHook(RunHook):
 
     def __init__(self, run: Run, branch: int, point: GatePoint, on_rows: BranchOnRows | None = None) -> None:
         super().__init__(run, self.gate, self.gate_traced)
-        self.branch = branch
+        self.branch, self.key = branch, str(branch)
         self.point = point
         self.on_rows = on_rows
         self.switch = run.switches[branch]
@@ -149,7 +149,7 @@ class GateHook(RunHook):
         entered = on_rows is not None and on_rows.passing is not None
         if not entered and parts.switched(run, self.switch) and parts.counted(id(run)):
             return self._gate_switched(given)
-        if not gates_traced(run, self.branch):
+        if not gates_traced(self):
             return None
         now, phase = run.compiled, run.step.phase
         assert now is not None
@@ -199,10 +199,11 @@ def leave(on_rows: BranchOnRows, phase: Phase, x: Tensor, keep_prob: float | Ten
     return on_rows.leave(own, others)
 
 
-def gates_traced(run: Run, branch: int) -> bool:
-    """Is a branch gated in the graph that is being traced?"""
+def gates_traced(hook: EntryHook | GateHook) -> bool:
+    """Is the branch of a hook gated in the graph that is being traced?"""
+    run = hook.run
     parts.ready(id(run))
-    if run.compiled is None or not parts.learns(run) or not run.blocks[branch].training:
+    if run.compiled is None or not parts.learns(run) or not run.blocks[hook.branch].training:
         return False
-    compiled.traced(id(run), branch)
+    compiled.traced(id(run), hook.key)
     return run.step.phase in run.gated_phases

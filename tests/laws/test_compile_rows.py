@@ -8,11 +8,11 @@ import warnings
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rdp
-from laws.architectures import Architecture, TorchTransformer, Transformer
+from laws.architectures import Architecture, BlockMLP, TorchTransformer, Transformer
 from laws.graphs import counted, none_was_left_to_python
 from laws.strategies import Case
 from laws.training import loss
@@ -77,7 +77,7 @@ def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it)
     handle = case.attach(model, example_inputs=model.rows(2, 0))
     assert {branch.compute for branch in handle.branches} == {"rows"}
     optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    call, limit = compile_it(model), torch._dynamo.config.recompile_limit
+    call, limit = compile_it(model), torch._dynamo.config.cache_size_limit
     for number, rows in enumerate((8, 8, 8, 5, 8, 8)):
         step(call, case, model, reference, handle, rows, number)
         optimizer.step()
@@ -91,7 +91,7 @@ def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it)
     assert handle.check().ok
     # More graphs are asked for than torch makes for the code of one class, and none is done without.
     assert none_was_left_to_python()
-    assert torch._dynamo.config.recompile_limit == limit
+    assert torch._dynamo.config.cache_size_limit == limit
 
 
 SIZES = {
@@ -176,3 +176,36 @@ def test_rates_that_change_have_their_own_numbers_of_rows(compile_it):
         optimizer.step()
         optimizer.zero_grad()
     assert dropped == [[0, 0]] * 4 + [[2, 2]] * 2 + [[4, 4]] * 2
+
+
+class Untraceable(nn.LayerNorm):
+    """Torch makes no graph of it, and so leaves hooks of the modules around it to graphs of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": "fixed"}], ids=str)
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        pytest.param(Transformer, ("pre_norm", 2), id="pre_norm"),
+        pytest.param(TorchTransformer, (2, True, True), id="torch's layer"),
+        pytest.param(BlockMLP, (("norm", "norm"),), id="mlp"),
+    ],
+)
+def test_blocks_that_torch_has_no_single_graph_for_learn_as_the_oracle(architecture, arguments, options):
+    case = Case(architecture, arguments, decay="constant", compute="rows", seed=3, **options)
+    model = case.model()
+    for module in model.body.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = Untraceable
+    reference = copy.deepcopy(model)
+    handle = case.attach(model, example_inputs=model.rows(2, 0))
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+    call = by_block(model)
+    for number in range(4):
+        step(call, case, model, reference, handle, 8, number)
+        optimizer.step()
+        optimizer.zero_grad()
