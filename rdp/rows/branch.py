@@ -15,8 +15,7 @@ The idea is DINOv2's `drop_add_residual_stochastic_depth`, without touching the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,19 +137,24 @@ class BranchOnRows:
         learn = passing.own_undropped and torch.is_grad_enabled()
         # Torch makes one graph with gradients of a compiled module, and one without: it is not asked for a second one.
         spared = not learn and torch.is_grad_enabled() and self._is_compiled()
-        with self._in_replay(), torch.set_grad_enabled(learn or spared):
-            env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
-            for operation in self.program.operations[:operations]:
-                if isinstance(operation.target, str):
-                    given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
-                    args, kwargs = self._filled(operation, *given, env, rows)
-                    output = self.model.get_submodule(operation.target)(*args, **kwargs)
-                else:
-                    args, kwargs = self._filled(operation, operation.arguments, operation.leaves, env, rows)
-                    output = operation.target(*args, **kwargs)
-                for value, tensor in zip(operation.outputs, trees.tensors(output), strict=False):
-                    if value is not None:
-                        env[value] = tensor
+        norms = self._tracking_norms() if self.program.batch_norm else []
+        self._in_replay(True, norms)
+        try:  # a context manager of ours torch 2.6 could not trace
+            with torch.set_grad_enabled(learn or spared):
+                env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
+                for operation in self.program.operations[:operations]:
+                    if isinstance(operation.target, str):
+                        given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
+                        args, kwargs = self._filled(operation, *given, env, rows)
+                        output = self.model.get_submodule(operation.target)(*args, **kwargs)
+                    else:
+                        args, kwargs = self._filled(operation, operation.arguments, operation.leaves, env, rows)
+                        output = operation.target(*args, **kwargs)
+                    for value, tensor in zip(operation.outputs, trees.tensors(output), strict=False):
+                        if value is not None:
+                            env[value] = tensor
+        finally:
+            self._in_replay(False, norms)
         return {value: tensor.detach() for value, tensor in env.items()} if spared else env
 
     def _is_compiled(self) -> bool:
@@ -175,19 +179,11 @@ class BranchOnRows:
             buffer.data.copy_(before)  # `data`: an earlier micro-batch's backward must not take it for a change
         return passing
 
-    @contextlib.contextmanager
-    def _in_replay(self) -> Iterator[None]:
-        """Let hooks do nothing, and batch normalisation forget the few rows that it sees."""
-        norms = self._tracking_norms() if self.program.batch_norm else []
-        self.replaying = True
-        try:
-            for norm in norms:
-                norm.track_running_stats = False
-            yield
-        finally:
-            self.replaying = False
-            for norm in norms:
-                norm.track_running_stats = True
+    def _in_replay(self, now: bool, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
+        """Let hooks do nothing, and batch normalisation forget the few rows that it sees; or no more."""
+        self.replaying = now
+        for norm in norms:
+            norm.track_running_stats = not now
 
     def _tracking_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The branch's batch normalisations with running statistics."""
