@@ -89,9 +89,11 @@ def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it)
             torch.testing.assert_close(call(x), plain(x))
             model.train()
     assert handle.check().ok
-    # More graphs are asked for than torch makes for the code of one class, and none is done without.
-    assert none_was_left_to_python()
     assert torch._dynamo.config.cache_size_limit == limit
+    # Of layers of its own, `compile()` leaves all but hooks to Python in torch 2.6 to 2.11, and not in 2.15.
+    if not (compile_it is by_block and architecture is TorchTransformer) or torch.__version__ >= (2, 15):
+        # More graphs are asked for than torch makes for the code of one class, and none is done without.
+        assert none_was_left_to_python()
 
 
 SIZES = {
