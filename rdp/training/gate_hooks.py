@@ -137,6 +137,8 @@ class GateHook(RunHook):
             gated = gates.gate(forward.phase, keep, x, source, keep_prob)
         if forward.graph is None and gated.requires_grad:
             run.step.mark(forward, gated)  # for a loss that is not made of what the model returns
+        elif run.compiled is not None and run.compiled.ticket is not None:
+            gated = compiled.marked(run, self.branch, gated)
         if gated is x:
             return None
         return gated if x is output else trees.with_tensor(output, self.point.leaf, gated)

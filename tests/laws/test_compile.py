@@ -319,6 +319,39 @@ def test_more_blocks_than_torch_makes_graphs_for_are_masked_all_the_same():
         trains_as_the_oracle(case, compiled, model, handle)
 
 
+class BreaksGraphs(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*recompile_limit", "ignore::rdp.RdpWarning")
+@pytest.mark.parametrize("options", [{}, {"mode": "batch"}, {"sampling": "fixed", "compute": "rows"}], ids=str)
+def test_where_torch_gives_up_on_parts_of_a_compiled_model_they_are_gated_in_python(options):
+    """Each block is in several graphs, of which there are more than torch makes."""
+    case = Case(Transformer, ("pre_norm", 6), rate=0.25, decay="constant", seed=3, **options)
+    model = case.model()
+    for module in model.body.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = BreaksGraphs
+    twin = copy.deepcopy(model)
+    handles = [case.attach(each, example_inputs=model.rows(2, 0)) for each in (model, twin)]
+    optimizers = [
+        h.wrap(torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9))
+        for h, m in zip(handles, (model, twin), strict=True)
+    ]
+    model.compile(backend="eager")
+    for number in range(6):
+        outputs = [each(each.rows(8, number)) for each in (model, twin)]
+        torch.testing.assert_close(*outputs)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            loss(output).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    assert handles[0].check().ok, str(handles[0].check())
+
+
 def test_what_a_compiled_model_does_not_call_any_more_is_reported():
     case = LINEAR[0].values[0]
     model = case.model()
