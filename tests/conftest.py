@@ -1,5 +1,6 @@
 """Hypothesis profiles, chosen by `HYPOTHESIS_PROFILE`; one thread per process; what coverage is measured on."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ common = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 # The same examples in every run, so that a failure is a change of the code; `thorough` looks for new ones.
-settings.register_profile("default", common, max_examples=100, derandomize=True)
+settings.register_profile("default", common, max_examples=50, derandomize=True)
+settings.register_profile("full", common, max_examples=100, derandomize=True)  # of .ci/run
 settings.register_profile("quick", common, max_examples=25, derandomize=True)
 settings.register_profile("thorough", common, max_examples=2000)
 # For mutation testing, where a failing example need not be made smaller.
@@ -40,6 +42,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
         return (yield)
     finally:
         measured.start()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: garbage is not looked for there."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Or libraries complain at the end of objects that are left."""
+    gc.unfreeze()
 
 
 torch.set_num_threads(1)  # the models of the laws are tiny: threads only cost

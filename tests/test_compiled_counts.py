@@ -151,8 +151,14 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize("train", LOOPS, ids=lambda train: train.__name__)
-@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize(
+    ("train", "mode"),
+    [
+        pytest.param(train, mode, id=f"{mode}-{train.__name__}", marks=pytest.mark.slow if i % 2 == k else ())
+        for i, train in enumerate(LOOPS)
+        for k, mode in enumerate(("row", "batch"))
+    ],
+)
 def test_a_compiled_loop_counts_and_freezes_as_the_same_loop_in_python(train, mode):
     case = Case(BlockMLP, (("plain", "norm"),), mode=mode, decay="constant", seed=3)
     python, compiled = (Loop(case, how) for how in (False, True))

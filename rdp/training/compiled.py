@@ -182,7 +182,12 @@ def split(run: Run, branch: int, program: Program) -> Split | None:
 
 def marked(run: Run, branch: int, x: Tensor) -> Tensor:
     """The output `x` of a branch; if that is the first or last, its backward tells that it has reached the forward."""
-    ticket = run.compiled.ticket if run.compiled is not None and branch in run.ends else None
+    return mark(run, x) if branch in run.ends else x
+
+
+def mark(run: Run, x: Tensor) -> Tensor:
+    """A tensor whose backward tells that it has reached the compiled forward."""
+    ticket = run.compiled.ticket if run.compiled is not None else None
     return _Mark.apply(x, ticket) if ticket is not None and x.requires_grad else x
 
 

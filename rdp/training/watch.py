@@ -107,6 +107,8 @@ class Watch:
     def counts(self, step: Step, frozen: Frozen) -> None:
         """The step has ended: which branches have learnt in it, and on how many rows."""
         counted = [forward for forward in step.forwards if forward.used]
+        for forward in step.forwards:  # of a compiled one Python sees no end
+            self.reached |= forward.reached
         self.empty += all(forward.spent for forward in step.forwards)
         for forward in counted:
             before, rows = self.learnt.get(step.phase, ([0] * len(forward.kept), 0))

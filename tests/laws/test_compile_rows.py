@@ -66,8 +66,15 @@ def step(call: nn.Module, case: Case, model: Architecture, reference: Architectu
     reference.zero_grad()
 
 
-@pytest.mark.parametrize("compile_it", WAYS)
-@pytest.mark.parametrize(("architecture", "arguments"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "compile_it"),
+    [
+        # Of the two ways to compile a model as a whole, which make the same graphs, one is slow.
+        pytest.param(*case.values, way, id=f"{case.id}-{way.__name__}", marks=pytest.mark.slow if k == i % 2 else ())
+        for i, case in enumerate(CASES)
+        for k, way in enumerate(WAYS)
+    ],
+)
 def test_graphs_on_rows_learn_as_the_oracle(architecture, arguments, compile_it):
     """With a partial last batch in DROP, another one in FREEZE, and an evaluation in between."""
     case = Case(architecture, arguments, rate=0.25, decay="constant", sampling="fixed", compute="rows", seed=3)
@@ -188,7 +195,10 @@ class Untraceable(nn.LayerNorm):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"sampling": "fixed"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="drawn", marks=pytest.mark.slow), pytest.param({"sampling": "fixed"}, id="fixed")],
+)
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
     [

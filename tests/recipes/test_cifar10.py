@@ -39,7 +39,7 @@ def test_the_defaults_are_the_papers() -> None:
     )
 
 
-@pytest.mark.parametrize("stem", [[], ["--small-stem"]])
+@pytest.mark.parametrize("stem", [pytest.param([], marks=pytest.mark.slow), ["--small-stem"]])
 def test_it_trains_and_tests(stem: list[str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--data-dir", str(data_dir), "--out", str(tmp_path), "--model", "resnet10t", "--seeds", "1", *stem]
     arguments += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "20", "--device", "cpu", "--no-progress"]

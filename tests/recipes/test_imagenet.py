@@ -71,6 +71,7 @@ def replicas(out: Path) -> list[str]:
     return [process["parameters"] for process in state["processes"]]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_command_trains_in_two_processes_that_end_bit_identical(folder: Path, tmp_path: Path) -> None:
     run = recipe(*TWO, "--data-dir", str(folder), "--out", str(tmp_path), "--loader", "torch", "--algorithm", "rdp")
@@ -188,6 +189,7 @@ def test_a_beton_for_testing_of_other_classes_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_preset_of_ffcv_imagenet_runs_from_one_end_to_the_other(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
