@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,9 @@ def pytest_unconfigure() -> None:
     """Or libraries complain at the end of objects that are left."""
     gc.unfreeze()
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, which no process of ours is
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the models of the laws are tiny: threads only cost
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, which are as many as there are workers or more

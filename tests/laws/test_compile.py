@@ -334,7 +334,14 @@ class BreaksGraphs(nn.LayerNorm):
 
 
 @pytest.mark.filterwarnings("ignore:.*recompile_limit", "ignore::rdp.RdpWarning")
-@pytest.mark.parametrize("options", [{}, {"mode": "batch"}, {"sampling": "fixed", "compute": "rows"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="dense", marks=pytest.mark.slow),
+        pytest.param({"mode": "batch"}, id="batch", marks=pytest.mark.slow),
+        pytest.param({"sampling": "fixed", "compute": "rows"}, id="rows"),
+    ],
+)
 def test_where_torch_gives_up_on_parts_of_a_compiled_model_they_are_gated_in_python(options):
     """Each block is in several graphs, of which there are more than torch may make."""
     case = Case(Transformer, ("pre_norm", 3), rate=0.25, decay="constant", seed=3, **options)

@@ -61,8 +61,6 @@ WITHOUT_TORCH = {"benchmark_help.py", "study.py", "study_report.py", "table1.py"
 INTERRUPTED = """
 import os, runpy, signal, sys
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may ignore it
-
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == "torch" or name.partition(".")[0] in {"timm", "torchvision", "matplotlib"}:
