@@ -333,6 +333,7 @@ class BreaksGraphs(nn.LayerNorm):
         return super().forward(x)
 
 
+@torch._dynamo.config.patch(cache_size_limit=1)
 @pytest.mark.filterwarnings("ignore:.*recompile_limit", "ignore::rdp.RdpWarning")
 @pytest.mark.parametrize(
     "options",
