@@ -90,6 +90,7 @@ def alone(distributed: bool) -> dict[str, Any]:
     rank = dist.get_rank()
     group = dist.new_group([rank], use_local_synchronization=True) if distributed else None
     if not distributed:
+        dist.barrier()  # the other may not have met this one yet
         dist.destroy_process_group()
     torch.manual_seed(rank)
     model = RUN.build()
