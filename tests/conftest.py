@@ -18,8 +18,7 @@ common = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 # The same examples in every run, so that a failure is a change of the code; `thorough` looks for new ones.
-settings.register_profile("default", common, max_examples=50, derandomize=True)
-settings.register_profile("full", common, max_examples=100, derandomize=True)  # of .ci/run
+settings.register_profile("default", common, max_examples=100, derandomize=True)
 settings.register_profile("quick", common, max_examples=25, derandomize=True)
 settings.register_profile("thorough", common, max_examples=2000)
 # For mutation testing, where a failing example need not be made smaller.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rdp import frames, trees
 from rdp.discovery import ops
+from rdp.discovery.scripted import scripted_calls
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -133,7 +133,7 @@ class Trace(TorchFunctionMode):
                 hooks.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
                 hooks.append(module.register_forward_hook(self._leave))
         try:
-            with torch.no_grad(), _scripted_calls(self), self:
+            with torch.no_grad(), scripted_calls(self.__torch_function__), self:
                 self.model(*args, **kwargs)
         finally:
             for hook in hooks:
@@ -274,30 +274,6 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
         with torch._C.DisableTorchFunction():
             return tuple(tensor._values.shape)  # type: ignore[attr-defined]
     return tuple(tensor.shape)
-
-
-@contextmanager
-def _scripted_calls(trace: Trace) -> Iterator[None]:
-    """Show the trace calls of TorchScript as it sees those of other functions, which no mode does."""
-    kinds = [torch.jit.ScriptFunction, torch._C.ScriptMethod]
-    calls = [kind.__call__ for kind in kinds]
-
-    def shown(call: Callable[..., Any]) -> Callable[..., Any]:
-        def script(scripted: Any, *args: Any, **kwargs: Any) -> Any:
-            def scripted_function(*args: Any, **kwargs: Any) -> Any:
-                return call(scripted, *args, **kwargs)
-
-            return trace.__torch_function__(scripted_function, (), args, kwargs)
-
-        return script
-
-    try:
-        for kind, call in zip(kinds, calls, strict=True):
-            kind.__call__ = shown(call)  # type: ignore[method-assign]
-        yield
-    finally:
-        for kind, call in zip(kinds, calls, strict=True):
-            kind.__call__ = call  # type: ignore[method-assign]
 
 
 def _local(tensor: Tensor) -> Tensor | None:

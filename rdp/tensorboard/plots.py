@@ -82,15 +82,13 @@ def short_numbers(axes: Axes) -> None:
 
 def logarithmic(axes: Axes) -> None:
     """Draw what is there on a logarithmic scale, if it is positive and covers a range; numbers are short anyway."""
-    short_numbers(axes)
     values = np.array([value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)])
     values = values[np.isfinite(values)]
-    if not len(values) or values.min() <= 0 or values.max() < _RANGE * values.min():
-        return
-    axes.set(yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-    short_numbers(axes)  # a scale brings its own
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(values) and values.min() > 0 and values.max() >= _RANGE * values.min():
+        axes.set(yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    short_numbers(axes)  # last, as a scale brings formats of its own
 
 
 def pixels(made: Figure) -> Image:

@@ -138,9 +138,7 @@ class GateHook(RunHook):
         if forward.graph is None and gated.requires_grad:
             run.step.mark(forward, gated)  # for a loss that is not made of what the model returns
         elif run.compiled is not None and run.compiled.ticket is not None:
-            gated = compiled.mark(
-                run, gated
-            )  # here, rows that are all alike are out of the graph, be it a first or last
+            gated = compiled.mark(run, gated)  # any: the first and the last may be out of the graph here
         if gated is x:
             return None
         return gated if x is output else trees.with_tensor(output, self.point.leaf, gated)

@@ -51,7 +51,7 @@ def current_forward(run: Run) -> Forward | None:
     if run.calls.running:
         # One that is not over in eval mode was interrupted.
         return run.calls.running[-1] if run.model.training else None
-    if run.compiled is not None and run.compiled.ticket is not None:
+    if run.compiled is not None and run.compiled.ticket is not None and run.step.forwards:
         return run.step.forwards[-1]  # the model is compiled, and torch has given up on the part that asks
     return run.calls.of_backward(run.step)
 

@@ -1,6 +1,6 @@
 """What a recipe says while it runs: through `logging`, a line each, above a progress bar if there is one.
 
-logging.getLogger("recipes").setLevel(logging.WARNING)    # only what is wrong
+`logging.getLogger("recipes").setLevel(logging.WARNING)` leaves only what is wrong.
 """
 
 from __future__ import annotations
