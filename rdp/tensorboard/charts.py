@@ -158,8 +158,8 @@ def _heatmap(made: Figure, axes: Axes, values: Any, title: str, highest: float |
     # From 0, so that the colour of a pair does not depend on the other pairs any more than it must.
     image = axes.imshow(values, cmap=MAGNITUDE, vmin=0, vmax=highest, interpolation="nearest")
     axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     made.colorbar(image, ax=axes, fraction=0.046)
 
 

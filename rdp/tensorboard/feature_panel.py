@@ -5,6 +5,7 @@ All pixels are made with a few array operations. One matplotlib Axes a node woul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -111,9 +112,8 @@ def feature_film(
     parts = [_Part(layers, layout, scale) for layers in moments.values()]
     heaviest = max((part.heaviest for part in parts), default=0.0)
     on_plane = points is not None
-    width = max(layout.stages[-1].right, int(font(sizes.title, bold=True).getlength(title))) + 2 * sizes.gap
     drawn = [
-        part.draw(width, heaviest, unit, sizes.contour if on_plane else 0, probe if index == 0 else None)
+        part.draw(heaviest, unit, sizes.contour if on_plane else 0, probe if index == 0 else None)
         for index, part in enumerate(parts)
     ]
     if points is not None and labels is not None:
@@ -121,14 +121,20 @@ def feature_film(
             _dots(part, layout, points, labels)
     dotted = points is not None and labels is not None
     legend = _legend(layout, parts, scale, heaviest, on_plane=on_plane, dotted=dotted)
-    image = pil.fromarray(np.concatenate([*drawn, legend.draw(width, layout.columns[0].left)]))
+    names = [name or _subtitle(first, layout, unit) for name in moments]
+    lines = [font(sizes.title, bold=True).getlength(title), *(font(sizes.text).getlength(name) for name in names)]
+    left = layout.columns[0].left
+    width = max(layout.stages[-1].right, math.ceil(max(lines)), left + legend.widest) + 2 * sizes.gap
+    below = legend.draw(width, left)
+    image = pil.new("RGB", (width, sum(map(len, (*drawn, below)))), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((sizes.gap, sizes.gap), title, fill=INK, font=font(sizes.title, bold=True))
     top = 0
-    for name, above in zip(moments, drawn, strict=True):
-        below = top + sizes.gap + int(1.25 * sizes.title)
-        draw.text((sizes.gap, below), name or _subtitle(first, layout, unit), fill=INK, font=font(sizes.text))
-        top += len(above)
+    for name, part in zip(names, drawn, strict=True):
+        image.paste(pil.fromarray(part), (0, top))
+        draw.text((sizes.gap, top + sizes.gap + int(1.25 * sizes.title)), name, fill=INK, font=font(sizes.text))
+        top += len(part)
+    image.paste(pil.fromarray(below), (0, top))
+    draw.text((sizes.gap, sizes.gap), title, fill=INK, font=font(sizes.title, bold=True))
     return np.asarray(image)
 
 
@@ -154,12 +160,12 @@ class _Part:
         )
         self.has_zeros = False
 
-    def draw(self, width: int, heaviest: float, unit: str, contour: int, probe: Probe | None) -> Image:
+    def draw(self, heaviest: float, unit: str, contour: int, probe: Probe | None) -> Image:
         """`uint8[height, width, 3]`."""
         layout, sizes = self.layout, self.layout.sizes
         left = None if probe is None else probe.draw(sizes.probe, sizes.text)
         height = max(layout.top(layout.rows), 0 if left is None else sizes.header + left.height)
-        canvas = np.full((height, width, 3), PAPER, np.uint8)
+        canvas = np.full((height, layout.stages[-1].right, 3), PAPER, np.uint8)
         for column in layout.columns:
             w = self.weights[column.layer]
             if w is not None and heaviest > 0:
@@ -210,10 +216,9 @@ class _Part:
                 middle = stage.left - 3 * sizes.gap // 2
                 for top in range(rule, layout.top(layout.rows), 3 * sizes.gap):
                     draw.line((middle, top, middle, top + sizes.gap), fill=_RULE, width=3)
-            label = stage.columns[0].left - layout.apart - sizes.gap
-            draw.text((label, base), unit, INK, letters, "rs")
+            draw.text((stage.numbered, base), unit, INK, letters, "rs")
             for row, channel in enumerate(stage.columns[0].channels):
-                draw.text((label, layout.top(row) + sizes.cell // 2), str(channel), INK, letters, "rm")
+                draw.text((stage.numbered, layout.top(row) + sizes.cell // 2), str(channel), INK, letters, "rm")
             for column in stage.columns:
                 name = self.layers[column.layer].name or str(column.layer)
                 draw.text((column.left + sizes.cell // 2, base), name, INK, letters, "ms")

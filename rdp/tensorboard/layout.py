@@ -63,11 +63,19 @@ class Column:
 
 @dataclass(frozen=True)
 class Stage:
-    """Columns of equal shapes, in which a row is one channel. `left` and `right` are the edges of it all."""
+    """Columns of equal shapes, in which a row is one channel.
+
+    Attributes:
+        columns: From the left.
+        left: The left edge of it all.
+        right: The right edge of it all.
+        numbered: The right edge of the channels' numbers, and of the word above them.
+    """
 
     columns: list[Column]
     left: int
     right: int
+    numbered: int
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,9 @@ def arrange(layers: Sequence[Layer], max_layers: int | None, max_nodes: int | No
         first = layers[group[0]]
         labels = evenly(len(first.maps), max_nodes)
         left = x
-        x += max(_length(sizes, text) for text in (unit, str(labels[-1]))) + sizes.gap
-        overhang = (_length(sizes, first.name) - sizes.cell) // 2 - apart
-        x += max(overhang + sizes.gap, 0) if overhang > 0 else 0
+        x += max(_length(sizes, text) for text in (unit, str(labels[-1])))
+        numbered = x
+        x += sizes.gap + max((_length(sizes, first.name) - sizes.cell) // 2 - apart, 0)
         columns: list[Column] = []
         for number in group:
             joined = bool(columns) and number == columns[-1].layer + 1 and layers[number].weights is not None
@@ -127,7 +135,7 @@ def arrange(layers: Sequence[Layer], max_layers: int | None, max_nodes: int | No
             x += apart + sizes.cell
         # Where one line does not fit above a stage, two do.
         right = max(x, left + max(_length(sizes, line) for line in _two_lines(first, unit)))
-        stages.append(Stage(columns, left, right))
+        stages.append(Stage(columns, left, right, numbered))
         x = right + 3 * sizes.gap
     return Layout(sizes, stages, apart)
 

@@ -98,6 +98,11 @@ class Legend:
 
         self._key(text, mark)
 
+    @property
+    def widest(self) -> int:
+        """Pixels that the longest entry takes."""
+        return max((size for size, _ in self._entries), default=0)
+
     def draw(self, width: int, margin: int) -> Image:
         """The legend as an image of the given width, `uint8[height, width, 3]`; what does not fit starts a new row."""
         places, x, y = [], margin, int(1.3 * self.unit)

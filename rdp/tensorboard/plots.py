@@ -72,7 +72,7 @@ def headed(axes: Axes, title: str) -> None:
 def whole_numbers(*several: Axes) -> None:
     """Few ticks below, at whole numbers: steps, layers and branches have no others."""
     for axes in several:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
 def short_numbers(axes: Axes) -> None:

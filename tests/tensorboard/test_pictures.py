@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +168,7 @@ def test_each_cell_is_labelled_with_its_own_channel(model: nn.Module, inputs: Te
     ]
     for stage in layout.stages:
         for row in range(6):
-            right = stage.columns[0].left - layout.apart - sizes.gap
+            right = stage.numbered
             width = widths[stage.columns[0].layer]
             channel = read_number(image, right, layout.top(row) + sizes.cell // 2, sizes.text, width)
             for column in stage.columns:
@@ -189,6 +191,36 @@ def test_each_cell_is_labelled_with_its_own_channel(model: nn.Module, inputs: Te
                         at = image[layout.top(row) + token * side + side // 2, column.left - layout.apart + side // 2]
                         color = signed_colors(scale.positions(values[token, channel].numpy()))
                         np.testing.assert_array_equal(at, color)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["", "stem", "shortcut", "embedding", "a long name of it"]),
+    st.sampled_from(["node", "channel"]),
+    st.lists(st.tuples(st.sampled_from([1, 3, 64, 2048]), st.integers(0, 2), st.booleans()), min_size=1, max_size=3),
+)
+def test_no_words_of_a_feature_panel_lie_over_others(name: str, unit: str, stages: list[tuple[int, int, bool]]) -> None:
+    drawn: dict[ImageDraw.ImageDraw, list[tuple[float, float, float, float]]] = {}
+
+    def write(
+        self: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, fill: str, font: Any, anchor: str = "la"
+    ) -> None:
+        drawn.setdefault(self, []).append(self.textbbox(xy, text, font, anchor))
+
+    layers = [
+        Layer(torch.randn(width, 4, 4), tokens=torch.randn(width, leading) if leading else None)
+        for width, leading, twice in stages
+        for _ in range(2 + twice)
+    ]
+    layers[0] = replace(layers[0], name=name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageDraw.ImageDraw, "text", write)
+        image = feature_panel(layers, unit=unit)
+    assert len(drawn) >= 3  # title, panel, legend
+    for boxes in drawn.values():
+        for one, other in itertools.combinations(boxes, 2):
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert all(0 <= left < right <= image.shape[1] for left, _, right, _ in boxes)
 
 
 class Bare(nn.Module):
@@ -443,3 +475,21 @@ def test_every_number_of_a_training_panel_is_whole(first: float, last: float, mo
         assert sum(bool(label.get_text()) for label in labels) >= 2 or not axes.lines
         boxes = [label.get_window_extent() for label in labels if label.get_text()]
         assert all(box.x0 >= 0 and box.x1 <= made.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("points", [1, 2, 40])
+def test_steps_below_a_training_panel_are_whole_numbers(points: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("rdp.tensorboard.training.pixels", lambda made: drawn.append(made) or pixels(made))
+    history = History()
+    for step in range(1, 1 + points):
+        history.add(step, {"train/loss": 2.0 / step, "train/gradient_norm": 1.0 / step, "test/top1": 9.0})
+    training_panel({}, history)
+    (made,) = drawn
+    steps = [axes for axes in made.axes if axes.get_xlabel() == "step" and axes.lines]
+    assert len(steps) >= 3
+    for axes in steps:
+        low, high = axes.get_xlim()
+        ticks = [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert ticks
+        assert all(text.isdecimal() for text in ticks)
