@@ -70,7 +70,7 @@ class Records:
             total=images,
             initial=images_done,
             desc=title,
-            unit="img",
+            unit="sample",
             unit_scale=True,
             smoothing=0.05,
             dynamic_ncols=True,
@@ -137,7 +137,7 @@ class Records:
             self._events.flush()
         tested = f"test {numbers['test_loss']:.4f}, top-1 {numbers['top1']:.2f} %, " if "top1" in numbers else ""
         trained = f"epoch {epoch + 1}/{epochs}: loss {numbers['train_loss']:.4f}, "
-        self.say(f"{trained}{tested}{numbers['images_per_second']:.0f} images/s")
+        self.say(f"{trained}{tested}{numbers['images_per_second']:.0f} samples/s")
 
     def say(self, sentence: str) -> None:
         """Print a line."""

@@ -90,7 +90,7 @@ def _train(
     if world.is_first:
         is_finished(config, seed)
         log.info(
-            "%d training and %d test images of %d classes (%s loader)",
+            "%d training and %d test samples of %d classes (%s loader)",
             *(train_data.samples, test_data.samples, train_data.classes, train_data.kind),
         )
 
