@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,9 +124,10 @@ class Trace(TorchFunctionMode):
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
         """Trace `model(*args, **kwargs)` without gradients and return self."""
-        given = [*trees.tensors((args, kwargs)), *_held((args, kwargs))]
-        for tensor in given:
-            self._bind(tensor, self._new("input", (), tensor, is_data=True))
+        with _unseen():
+            given = [*trees.tensors((args, kwargs)), *_held((args, kwargs))]
+            for tensor in given:
+                self._bind(tensor, self._new("input", (), tensor, is_data=True))
         self._from_host = not given
         hooks = []
         for name, module in self.model.named_modules():
@@ -142,11 +144,14 @@ class Trace(TorchFunctionMode):
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False):
-                self._name(parameter, self._first_names.get(own, own))
             call = Call(name, self.count[name], self._stack[-1] if self._stack else None, begin=0)
-            call.inputs = tuple(self._lookup(tensor) for tensor in trees.tensors((args, kwargs)))
-            call.arguments = self._recorded(args), self._recorded(kwargs)
+            with _unseen():
+                for own, parameter in module._parameters.items():
+                    if parameter is not None:
+                        full = f"{name}.{own}" if name else own
+                        self._name(parameter, self._first_names.get(full, full))
+                call.inputs = tuple(self._lookup(tensor) for tensor in trees.tensors((args, kwargs)))
+                call.arguments = self._recorded(args), self._recorded(kwargs)
             call.begin = len(self.values)
             self.count[name] += 1
             self.calls.append(call)
@@ -163,7 +168,8 @@ class Trace(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._stack.pop()
-        call.outputs = tuple(self._lookup(tensor) for tensor in trees.tensors(output))
+        with _unseen():
+            call.outputs = tuple(self._lookup(tensor) for tensor in trees.tensors(output))
         call.end = len(self.values)
         call.returns_tensor = isinstance(output, Tensor)
         for index in dict.fromkeys(call.outputs):
@@ -174,25 +180,27 @@ class Trace(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name == "_set_grad_enabled":
             self._switch_gradients()
-        given = list(trees.tensors((args, kwargs)))
-        inputs = [self._lookup(tensor) for tensor in given]
-        if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
-            name = "alias"  # the first addition of Python's sum([...])
-        arguments = self._recorded(tuple(args)), self._recorded(dict(kwargs))
+        with _unseen():
+            given = list(trees.tensors((args, kwargs)))
+            inputs = [self._lookup(tensor) for tensor in given]
+            if name in ops.ADD and len(inputs) == 1 and any(isinstance(a, (int, float)) and a == 0 for a in args):
+                name = "alias"  # the first addition of Python's sum([...])
+            arguments = self._recorded(tuple(args)), self._recorded(dict(kwargs))
         if name in ops.DROPOUT and self._stack and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)):
             self.dropouts.append((inputs[0], self._stack[-1]))
         output = func(*args, **kwargs)
         learned_token = name in ops.BROADCAST and inputs and self._source(inputs[0]).parameter is not None
         becomes_data = learned_token or (self._from_host and name in ops.FROM_HOST)
-        for leaf, tensor in enumerate([*trees.tensors(output), *given]):
-            known = self._known.get(tensor)
-            if known is not None and known[0] == _version(tensor):
-                continue  # passed through unwritten
-            sources = () if name in ops.FRESH else tuple(inputs)
-            index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if becomes_data else None))
-            self.values[index].recipe = Recipe(func, arguments, leaf)
-            if known is not None:
-                self._written[self._storage_owner(tensor)] = index
+        with _unseen():
+            for leaf, tensor in enumerate([*trees.tensors(output), *given]):
+                known = self._known.get(tensor)
+                if known is not None and known[0] == _version(tensor):
+                    continue  # passed through unwritten
+                sources = () if name in ops.FRESH else tuple(inputs)
+                index = self._bind(tensor, self._new(name, sources, tensor, is_data=True if becomes_data else None))
+                self.values[index].recipe = Recipe(func, arguments, leaf)
+                if known is not None:
+                    self._written[self._storage_owner(tensor)] = index
         return output
 
     def _switch_gradients(self) -> None:
@@ -261,6 +269,12 @@ class Trace(TorchFunctionMode):
         return value
 
 
+def _unseen() -> AbstractContextManager[None]:
+    """What is asked of tensors is not the model's doing: no mode and no subclass takes notice, or time."""
+    disabled: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return disabled
+
+
 def _held(inputs: Any) -> Iterator[Tensor]:
     """The tensors that objects of unknown kinds among the inputs hold."""
     for leaf in trees.leaves(inputs).values():
@@ -271,8 +285,7 @@ def _held(inputs: Any) -> Iterator[Tensor]:
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     """Of a nested tensor, whose rows are of different lengths, that of all of them in one."""
     if tensor.is_nested and tensor.layout is torch.jagged:
-        with torch._C.DisableTorchFunction():
-            return tuple(tensor._values.shape)  # type: ignore[attr-defined]
+        return tuple(tensor._values.shape)  # type: ignore[attr-defined]
     return tuple(tensor.shape)
 
 
