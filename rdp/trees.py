@@ -94,6 +94,11 @@ def map_leaves(change: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any]
     return _with_items(value, new, changed) if changed else value
 
 
+def tensor_at(value: Any, number: int) -> Tensor:
+    """Tensor `number` of those that `tensors` yields; a tensor alone is the only one."""
+    return value if isinstance(value, Tensor) else list(tensors(value))[number]
+
+
 def with_tensor(value: Any, number: int, new: Tensor) -> Any:
     """`value` with another tensor in the place of tensor `number`, counted as `tensors` does."""
     numbers = itertools.count()

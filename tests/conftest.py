@@ -66,3 +66,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, which are 
 def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `compute="auto"`, the tiny models of tests run on rows all the same, but for `test_too_small.py`."""
     monkeypatch.setattr("rdp.rows.plan.fewest_rows", lambda *_: 0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs of no other test, and counts from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

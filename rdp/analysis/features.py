@@ -104,7 +104,7 @@ class _ResidualSums(TorchFunctionMode):
         """A forward hook for a gated module of branch `name`."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = list(trees.tensors(output))[gate.leaf]
+            value = trees.tensor_at(output, gate.leaf)
             if gate.of_block:
                 self._record((name,), next(trees.tensors(args)), value)
             else:

@@ -204,7 +204,7 @@ class _Finder:
                 lambda leaf: (forms | {source: numbers})[leaf.value] if isinstance(leaf, Ref) else leaf,
                 node.recipe.arguments,
             )
-            return list(trees.tensors(node.recipe.func(*args, **kwargs)))[node.recipe.leaf].view(node.shape)
+            return trees.tensor_at(node.recipe.func(*args, **kwargs), node.recipe.leaf).view(node.shape)
         except Exception:  # of whatever a function does not take in the place of its arguments
             return None
 

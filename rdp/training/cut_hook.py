@@ -75,4 +75,4 @@ class CutHook(RunHook):
 
     def _tensor(self, given: tuple[Any, ...]) -> Tensor:
         place = self._place(given)
-        return place if isinstance(place, Tensor) else list(trees.tensors(place))[self.point.leaf]
+        return trees.tensor_at(place, self.point.leaf)

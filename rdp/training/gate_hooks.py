@@ -118,7 +118,7 @@ class GateHook(RunHook):
         entered = on_rows is not None and on_rows.passing is not None
         if not entered and (forward.plain or not torch.is_grad_enabled()) and is_plain(forward, self.branch):
             return None
-        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        x = trees.tensor_at(output, self.point.leaf)
         if run.options.mode == "row" and hasattr(x, "_local_tensor"):
             raise ForwardError(
                 f"the output of `{self.point.module}` is a DTensor, whose rows cannot be masked. Attach after "
@@ -155,7 +155,7 @@ class GateHook(RunHook):
             return None
         now, phase = run.compiled, run.step.phase
         assert now is not None
-        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        x = trees.tensor_at(output, self.point.leaf)
         keep_prob = now.keep_probs[self.branch] if now.keep_probs is not None else None
         if on_rows is not None and entered:
             gated = compiled.marked(run, self.branch, leave(on_rows, phase, x, keep_prob))
@@ -173,7 +173,7 @@ class GateHook(RunHook):
         if switch.does is None:
             return None
         phase, keep = switch.does
-        x = output if isinstance(output, Tensor) else list(trees.tensors(output))[self.point.leaf]
+        x = trees.tensor_at(output, self.point.leaf)
         source = next(trees.tensors(given)) if self.point.of_block else None
         return trees.with_tensor(output, self.point.leaf, gates.gate(phase, keep, x, source, switch.keep_prob))
 

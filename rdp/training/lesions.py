@@ -114,7 +114,7 @@ class _Lesion(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.reached = True
-        x = list(trees.tensors(output))[self.point.leaf]
+        x = trees.tensor_at(output, self.point.leaf)
         return trees.with_tensor(output, self.point.leaf, gates.gate(Phase.DROP, False, x, self.entry.source))
 
 

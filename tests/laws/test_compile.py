@@ -29,12 +29,7 @@ class Graphs:
         return graph.forward
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 ROW = Case(Transformer, ("pre_norm", 1), decay="constant", seed=3)

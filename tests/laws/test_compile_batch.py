@@ -19,13 +19,7 @@ from laws.graphs import counted, none_was_left_to_python, of_all
 from laws.strategies import Case
 from laws.training import identical, loss
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def made() -> int:
@@ -214,7 +208,14 @@ class AroundBlocks(Transformer):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@pytest.mark.parametrize("options", [{"mode": "batch"}, {}, {"sampling": "fixed", "compute": "rows"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"mode": "batch"}, id="batch"),
+        pytest.param({}, id="dense", marks=pytest.mark.slow),
+        pytest.param({"sampling": "fixed", "compute": "rows"}, id="rows"),
+    ],
+)
 def test_a_checkpoint_around_compiled_blocks(options, reentrant):
     """Two micro-batches, whose blocks are run again in one backward."""
     case = Case(AroundBlocks, ("pre_norm", 2), rate=0.5, decay="constant", seed=3, **options)

@@ -17,13 +17,7 @@ from laws.graphs import counted, none_was_left_to_python
 from laws.strategies import Case
 from laws.training import loss
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -202,9 +196,9 @@ class Untraceable(nn.LayerNorm):
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
     [
-        pytest.param(Transformer, ("pre_norm", 2), id="pre_norm"),
+        pytest.param(Transformer, ("pre_norm", 2), id="pre_norm", marks=pytest.mark.slow),
         pytest.param(TorchTransformer, (2, True, True), id="torch's layer"),
-        pytest.param(BlockMLP, (("norm", "norm"),), id="mlp"),
+        pytest.param(BlockMLP, (("norm", "norm"),), id="mlp", marks=pytest.mark.slow),
     ],
 )
 def test_blocks_that_torch_has_no_single_graph_for_learn_as_the_oracle(architecture, arguments, options):
