@@ -37,6 +37,7 @@ def _threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_quick_preset_separates_the_spirals_with_every_algorithm(tmp_path: Path) -> None:
     results = spiral_mlp.main(["--out", str(tmp_path / "run"), "--pictures", "1"])
     assert list(results) == ["standard", "droppath", "rdp"]
@@ -122,8 +123,9 @@ def assert_resumes_bit_exactly(cut: Path, algorithm: str) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "at"),
     [
-        *(("rdp", at) for at in (3, 4, 5)),
-        *((name, 4) for name in ("standard", "droppath")),
+        ("rdp", 3),  # between DROP and FREEZE
+        *((name, 4) for name in ("standard", "droppath", "rdp")),  # between two epochs
+        pytest.param("rdp", 5, marks=pytest.mark.slow),
         *(pytest.param(name, at, marks=pytest.mark.slow) for name in ("standard", "droppath") for at in (3, 5)),
     ],
 )
@@ -141,7 +143,14 @@ def test_a_killed_run_resumes_bit_exactly(
     assert_resumes_bit_exactly(tmp_path / "cut", algorithm)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGINT,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGUSR1)),
+    ],
+)
 def test_a_signal_saves_the_step_and_stops(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
