@@ -11,6 +11,7 @@ arm, the frontier of plain training as a line. `--page` puts the table between t
 from __future__ import annotations
 
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -137,10 +138,10 @@ def draw(studies: list[Study], path: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, row = pyplot.subplots(1, len(studies), figsize=(6.4 * len(studies), 5.2), squeeze=False, dpi=150)
+    figure, row = pyplot.subplots(1, len(studies), figsize=(4.6 * len(studies), 5.2), squeeze=False, dpi=150)
     for study, axes in zip(studies, row[0], strict=True):
         better_is_lower = study.setting.metric != "top1"
-        axes.set_title(f"{study.setting.name}: {study.setting.title}", fontsize=7)
+        axes.set_title(textwrap.fill(f"{study.setting.name}: {study.setting.title}", 50), fontsize=8)
         axes.set_xlabel("FLOPs of the training, standard = 1")
         axes.set_ylabel("test loss (upside down: better is higher)" if better_is_lower else "top-1 test accuracy, %")
         if better_is_lower:
@@ -152,8 +153,9 @@ def draw(studies: list[Study], path: Path) -> list[Path]:
             axes.errorbar(cost, value, spread, color=colour, fmt=marker, markersize=5, capsize=2, lw=1, label=label)
         places = {arm.name: point[:2] for arm, point in points.items()}
         line = [places[name] for _, name in study.frontier()]
+        line += [(max(x for x, _ in places.values()), line[-1][1])] if line else []  # beyond the last it stays there
         axes.plot([x for x, _ in line], [y for _, y in line], color="black", lw=1, label="plain training")
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
