@@ -43,6 +43,7 @@ def test_the_defaults_are_the_papers() -> None:
 def test_it_trains_and_tests(stem: list[str], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--data-dir", str(data_dir), "--out", str(tmp_path), "--model", "resnet10t", "--seeds", "1", *stem]
     arguments += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "20", "--device", "cpu", "--no-progress"]
+    arguments += ["--count-steps", "2"]
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)  # it is a stand-in
     monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
     main(command_line(cifar10.configure), cifar10.run)
@@ -77,6 +78,7 @@ def test_quick_trains_on_class_folders(algorithm: str, tmp_path: Path, monkeypat
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     arguments = ["--quick", "--data-dir", str(tmp_path / "images"), "--algorithm", algorithm, "--limit", "20"]
     arguments += ["--limit-test", "20", "--epochs", "2", "--batch-size", "10", "--device", "cpu", "--no-progress"]
+    arguments += ["--count-steps", "2"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
     main(command_line(cifar10.configure), cifar10.run)
