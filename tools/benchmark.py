@@ -36,7 +36,7 @@ if __name__ == "__main__":
 with interruptible():
     import timm
     import torch
-    from benchmark_contenders import Contender, applies, inputs_of, make
+    from benchmark_contenders import Contender, applies, build, inputs_of, make
     from benchmark_counts import CountingBackend, count_flops, count_peak
     from engine.progress import tqdm
     from engine.start import lacks_memory
@@ -149,9 +149,22 @@ def by_phase(ours: Contender, args: Args, measured: Callable[[], int]) -> dict[s
     return found
 
 
+def try_out(name: str, x: Tensor, args: Args) -> None:
+    """See that the model takes images of this size."""
+    try:
+        with torch.no_grad():
+            build(name, args)(x[:2])
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        if lacks_memory(error):
+            raise
+        cause = str(error).splitlines()[0]
+        raise SystemExit(f"{name} cannot take images of {args.resolution} pixels: {cause}") from error
+
+
 def measure(name: str, args: Args) -> Iterator[Row]:
     """All contenders on one model, at all rates."""
     x, seen = inputs_of(name, args), set()
+    try_out(name, x, args)
     for rate, way in itertools.product(args.rates, args.contenders):
         if not applies(name, way, args):
             continue
@@ -215,16 +228,10 @@ def main(args: Args) -> None:
         warnings.simplefilter("ignore")  # what runs dense, and why: the table says it
         rows: list[Row] = []
         for name in args.models:
-            try:
-                for row in measure(name, args):
-                    rows.append(row)
-                    if args.json_file is not None:
-                        args.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                if lacks_memory(error):
-                    raise
-                cause = str(error).splitlines()[0]
-                raise SystemExit(f"{name} cannot take images of {args.resolution} pixels: {cause}") from error
+            for row in measure(name, args):
+                rows.append(row)
+                if args.json_file is not None:
+                    args.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     compiled = "" if args.compiled == "no" else f", compiled: {args.compiled}"
     print(f"torch {torch.__version__}, timm {timm.__version__}, {where}, batch {args.batch_size}, ", end="")
