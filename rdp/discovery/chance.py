@@ -89,8 +89,7 @@ class ChanceTrace(Trace):
 
     def _bind(self, tensor: Tensor, index: int) -> int:
         if not self.values[index].is_data and not tensor.is_meta and _one_a_row(tensor):
-            with torch._C.DisableTorchFunction():
-                self.zero[index] = bool((tensor == 0).all())
+            self.zero[index] = bool((tensor == 0).all())
         return super()._bind(tensor, index)
 
 
