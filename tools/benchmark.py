@@ -161,15 +161,17 @@ def try_out(name: str, x: Tensor, args: Args) -> None:
         raise SystemExit(f"{name} cannot take images of {args.resolution} pixels: {cause}") from error
 
 
-def measure(name: str, args: Args) -> Iterator[Row]:
-    """All contenders on one model, at all rates."""
+def measure(name: str, args: Args, left_out: list[str]) -> Iterator[Row]:
+    """All contenders on one model, at all rates; those that there is nothing to measure of are named in `left_out`."""
     x, seen = inputs_of(name, args), set()
     try_out(name, x, args)
     for rate, way in itertools.product(args.rates, args.contenders):
         if not applies(name, way, args):
+            left_out.append(f"{name}, {way}: it is for timm's VisionTransformer")
             continue
         ours = make(name, way, rate, args, x)
         if (rate, ours.does) in seen:
+            left_out.append(f"{name}, {way}: it runs as one above does")
             continue
         seen.add((rate, ours.does))
         on_rows = f"{ours.computes.count('rows')}/{len(ours.computes)}" if ours.computes else ""
@@ -211,6 +213,8 @@ def checked(args: Args) -> Args:
     Raises:
         SystemExit: If one makes no sense; it is said before anything is measured.
     """
+    if not (args.models and args.contenders and args.rates):
+        raise SystemExit("--models, --contenders and --rates name at least one each")
     if unknown := [name for name in args.models if name != "mlp" and not timm.is_model(name)]:
         raise SystemExit(f"timm has no model {unknown[0]!r}; mlp is a residual MLP")
     if min(args.batch_size, args.resolution, args.cycles) < 1 or args.rounds < 0:
@@ -227,8 +231,9 @@ def main(args: Args) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what runs dense, and why: the table says it
         rows: list[Row] = []
+        left_out: list[str] = []
         for name in args.models:
-            for row in measure(name, args):
+            for row in measure(name, args, left_out):
                 rows.append(row)
                 if args.json_file is not None:
                     args.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -237,6 +242,8 @@ def main(args: Args) -> None:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {where}, batch {args.batch_size}, ", end="")
     print(f"{args.resolution} pixels, {args.dtype}, {args.decay} rate{compiled}\n")
     print(table(rows, args))
+    if left_out:
+        print("\nLeft out:", *dict.fromkeys(left_out), sep="\n- ")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def test_models_and_sizes_that_are_none_are_named() -> None:
 def test_options_of_the_benchmark_are_checked_before_anything_is_measured() -> None:
     for wrong, message in (
         ({"models": ("nope",)}, "timm has no model 'nope'"),
+        ({"models": ()}, "name at least one each"),
+        ({"contenders": ()}, "name at least one each"),
         ({"rates": (0.1, 1.0)}, r"--rates are in \[0, 1\)"),
         ({"batch_size": 0}, "sizes and --cycles are at least 1"),
         ({"models": ("vit_tiny_patch16_224",), "resolution": 8, "batch_size": 2}, "cannot take images of 8 pixels"),

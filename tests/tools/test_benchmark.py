@@ -41,10 +41,16 @@ def test_what_is_left_out_costs_nothing_and_masks_cost_everything(
 
 
 @pytest.mark.slow
-def test_a_contender_that_runs_as_an_earlier_one_is_left_out(tmp_path: Path) -> None:
+def test_a_contender_that_there_is_nothing_to_measure_of_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {"resolution": 32, "batch_size": 2, "cycles": 1, "rounds": 0}
-    rows = rows_of(tmp_path / "rows.json", models=("resnet10t",), **options)
+    contenders = (*benchmark_options.Args.contenders, "index-add")
+    rows = rows_of(tmp_path / "rows.json", models=("resnet10t",), contenders=contenders, **options)
     assert list(rows) == ["row", "batch", "row-ghost", "batch-ghost", "timm", "torchvision", "mask"]
+    printed = capsys.readouterr().out
+    assert "- resnet10t, row-dense: it runs as one above does" in printed
+    assert "- resnet10t, index-add: it is for timm's VisionTransformer" in printed
 
 
 @pytest.mark.slow
