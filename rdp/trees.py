@@ -37,7 +37,7 @@ def tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif not isinstance(value, _LEAVES):
-        for item in items(value).values():
+        for item in value if isinstance(value, (list, tuple)) else items(value).values():
             yield from tensors(item)
 
 
@@ -71,9 +71,9 @@ def held(leaf: object) -> Iterator[object]:
 
 def leaves(value: object) -> dict[Path, Any]:
     """Every leaf in `value`, in order, by the keys that lead to it."""
-    if isinstance(value, _LEAVES) or not ((inside := items(value)) or isinstance(value, _EMPTY)):
-        return {(): value}
-    return {(key, *path): leaf for key, item in inside.items() for path, leaf in leaves(item).items()}
+    found: dict[Path, Any] = {}
+    _find_leaves(value, (), found)
+    return found
 
 
 def map_leaves(change: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
@@ -89,9 +89,26 @@ def map_leaves(change: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any]
     is_one = isinstance(value, _LEAVES) or (is_leaf is not None and is_leaf(value))
     if is_one or not ((inside := items(value)) or isinstance(value, _EMPTY)):
         return change(value)
-    new = {key: map_leaves(change, item, is_leaf) for key, item in inside.items()}
-    changed = {key: item for key, item in new.items() if _differ(item, inside[key])}
+    new, changed = {}, {}
+    for key, item in inside.items():
+        new[key] = made = map_leaves(change, item, is_leaf)
+        if _differ(made, item):
+            changed[key] = made
     return _with_items(value, new, changed) if changed else value
+
+
+def with_leaves(value: Any, new: Mapping[Path, Any]) -> Any:
+    """`value` with others in the places of some leaves, given by the keys that lead to them, as `leaves` does."""
+    if () in new:
+        return new[()]
+    if not new:
+        return value
+    below: dict[object, dict[Path, Any]] = {}
+    for path, leaf in new.items():
+        below.setdefault(path[0], {})[path[1:]] = leaf
+    inside = items(value)
+    changed = {key: with_leaves(inside[key], leaves_below) for key, leaves_below in below.items()}
+    return _with_items(value, {**inside, **changed}, changed)
 
 
 def tensor_at(value: Any, number: int) -> Tensor:
@@ -109,6 +126,14 @@ def with_tensor(value: Any, number: int, new: Tensor) -> Any:
     return new if isinstance(value, Tensor) else map_leaves(change, value)
 
 
+def _find_leaves(value: object, path: Path, found: dict[Path, Any]) -> None:
+    inside: Mapping[Any, Any] = {} if isinstance(value, _LEAVES) else items(value)
+    if not inside and not isinstance(value, _EMPTY):
+        found[path] = value
+    for key, item in inside.items():
+        _find_leaves(item, (*path, key), found)
+
+
 def _differ(new: Any, old: Any) -> bool:
     """Are they two objects? Of containers, a compiler cannot tell."""
     return (isinstance(old, _EMPTY) and torch.compiler.is_compiling()) or new is not old
@@ -119,7 +144,10 @@ def items(value: Any) -> Mapping[Any, Any]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (list, tuple, set)):
-        return dict(enumerate(value))
+        numbered: dict[Any, Any] = {}
+        for item in value:  # a compiler takes a third of the steps that it takes for `enumerate`
+            numbered[len(numbered)] = item
+        return numbered
     if isinstance(value, slice):
         return {"start": value.start, "stop": value.stop, "step": value.step}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -173,11 +173,7 @@ def varied(pair: Inputs, single: Inputs) -> tuple[Inputs, Inputs] | None:
     if not drawn:
         return None
     first = {path: drawn[path][: len(x)] if x.dim() else drawn[path] for path, x in floating(one).items()}
-    both = []
-    for inputs, leaves, numbers in ((pair, two, drawn), (single, one, first)):
-        new = iter([numbers.get(path, leaf) for path, leaf in leaves.items()])
-        both.append(trees.map_leaves(lambda _, new=new: next(new), inputs))  # type: ignore[misc]
-    return both[0], both[1]
+    return trees.with_leaves(pair, drawn), trees.with_leaves(single, first)
 
 
 class Enough(BaseException):

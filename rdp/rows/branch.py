@@ -15,7 +15,7 @@ The idea is DINOv2's `drop_add_residual_stochastic_depth`, without touching the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,11 @@ class BranchOnRows:
         if unused := not len(split.kept):
             few = 2 if program.batch_norm else 1
             own, others = split.dropped[:few], split.dropped[few:]
-            statistics = [(b, b.clone()) for norm in self._tracking_norms() for b in norm.buffers(recurse=False)]
+            statistics = [
+                (b, b.clone())
+                for norm in _tracking_norms(self._modules().values())
+                for b in norm.buffers(recurse=False)
+            ]
         self.passing = _Passing(own, others, own_undropped, freeze, x, unused, statistics)
         self.passing.calls[str(operation.target)] = given, leaves
         return self._filled(operation, given, leaves, {program.start: take(x, where, own)}, own)
@@ -136,8 +140,9 @@ class BranchOnRows:
         # What learns has run before: autocast keeps the weights that it has cast first, with their graph or without.
         learn = passing.own_undropped and torch.is_grad_enabled()
         # Torch makes one graph with gradients of a compiled module, and one without: it is not asked for a second one.
-        spared = not learn and torch.is_grad_enabled() and self._is_compiled()
-        norms = self._tracking_norms() if self.program.batch_norm else []
+        modules = self._modules()
+        spared = not learn and torch.is_grad_enabled() and _any_is_compiled(modules.values())
+        norms = _tracking_norms(modules.values()) if self.program.batch_norm else []
         self._in_replay(True, norms)
         try:  # a context manager of ours torch 2.6 could not trace
             with torch.set_grad_enabled(learn or spared):
@@ -146,7 +151,7 @@ class BranchOnRows:
                     if isinstance(operation.target, str):
                         given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
                         args, kwargs = self._filled(operation, *given, env, rows)
-                        output = self.model.get_submodule(operation.target)(*args, **kwargs)
+                        output = modules[operation.target](*args, **kwargs)
                     else:
                         args, kwargs = self._filled(operation, operation.arguments, operation.leaves, env, rows)
                         output = operation.target(*args, **kwargs)
@@ -156,12 +161,6 @@ class BranchOnRows:
         finally:
             self._in_replay(False, norms)
         return {value: tensor.detach() for value, tensor in env.items()} if spared else env
-
-    def _is_compiled(self) -> bool:
-        """Is a module that the branch calls compiled, in place or as what `torch.compile` has returned?"""
-        called = (o.target for o in self.program.operations if isinstance(o.target, str))
-        modules = map(self.model.get_submodule, called)
-        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
     def leave(self, own: Tensor, others: Tensor | None) -> Tensor:
         """The branch output for all rows, from that of the model's own call and of `replay`; None: zeros."""
@@ -185,34 +184,27 @@ class BranchOnRows:
         for norm in norms:
             norm.track_running_stats = not now
 
-    def _tracking_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """The branch's batch normalisations with running statistics."""
-        called = [
-            self.model.get_submodule(operation.target)
-            for operation in self.program.operations
-            if isinstance(operation.target, str)
-        ]
-        norms = [m for c in called for m in c.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        return [norm for norm in norms if norm.track_running_stats]
+    def _modules(self) -> dict[str, nn.Module]:
+        """What the branch calls, by name."""
+        called = [operation.target for operation in self.program.operations if isinstance(operation.target, str)]
+        return {name: self.model.get_submodule(name) for name in called}
 
     def _filled(
         self, operation: Operation, given: Arguments, leaves: Leaves, env: dict[int, Tensor], rows: Tensor
     ) -> Arguments:
         """The arguments `given` to an operation, with values from `env` and cut to `rows`."""
 
-        def fill(recorded: Any, actual: Any) -> Any:
+        new: dict[Path, Any] = {}
+        for path, recorded in operation.leaves.items():
             if isinstance(recorded, Ref):
-                return env[recorded.value]
-            if isinstance(recorded, Outside) and recorded.rows is not None:
-                return take(actual, recorded.rows, rows)
-            if isinstance(recorded, Rows):
-                return recorded.each * len(rows)
-            if isinstance(recorded, Named) and not isinstance(actual, Tensor):
-                return _named_tensor(self.model, recorded.name)
-            return actual
-
-        new = iter([fill(operation.leaves[path], actual) for path, actual in leaves.items()])
-        filled: Arguments = trees.map_leaves(lambda _: next(new), given)
+                new[path] = env[recorded.value]
+            elif isinstance(recorded, Outside) and recorded.rows is not None:
+                new[path] = take(leaves[path], recorded.rows, rows)
+            elif isinstance(recorded, Rows):
+                new[path] = recorded.each * len(rows)
+            elif isinstance(recorded, Named) and not isinstance(leaves[path], Tensor):
+                new[path] = _named_tensor(self.model, recorded.name)
+        filled: Arguments = trees.with_leaves(given, new)
         return filled
 
     def _reunited(self, name: str, given: Arguments, leaves: Leaves, passing: _Passing) -> Arguments:
@@ -236,9 +228,19 @@ class BranchOnRows:
                 other = take(tensor, where, torch.zeros_like(passing.others)) if env is None else env[recorded.value]
                 own = tensor.detach() if passing.freeze and passing.own_undropped else tensor
                 whole[path] = put(own, passing.own, other, passing.others, where)
-        new = iter([whole.get(path, leaf) for path, leaf in leaves.items()])
-        arguments: Arguments = trees.map_leaves(lambda _: next(new), given)
+        arguments: Arguments = trees.with_leaves(given, whole)
         return arguments
+
+
+def _any_is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Is one compiled, in place or as what `torch.compile` has returned?"""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+
+
+def _tracking_norms(modules: Iterable[nn.Module]) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch normalisations in them with running statistics."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.track_running_stats]
 
 
 def _inner(operation: Operation, leaves: Leaves) -> dict[int, Tensor]:

@@ -106,8 +106,8 @@ class Writer:
         pair, single = trees.leaves(two), trees.leaves(one)
         if pair.keys() != single.keys():
             raise NotIndependent("an argument changes its length with the batch")
-        merged = iter([self._merge_leaf(leaf, single[path], in_module) for path, leaf in pair.items()])
-        arguments: Arguments = trees.map_leaves(lambda _: next(merged), two)
+        merged = {path: self._merge_leaf(leaf, single[path], in_module) for path, leaf in pair.items()}
+        arguments: Arguments = trees.with_leaves(two, {p: leaf for p, leaf in merged.items() if leaf is not pair[p]})
         return arguments
 
     def _merge_leaf(self, two: Any, one: Any, in_module: bool) -> Any:

@@ -118,6 +118,19 @@ def test_one_tensor_of_a_nested_output_is_replaced_and_nothing_else(output, data
     assert list(map(id, found(output))) == list(map(id, before)), "the output itself is left alone"
 
 
+@given(OUTPUTS, st.data())
+def test_leaves_given_by_their_keys_are_replaced_and_no_others(output, data):
+    leaves = trees.leaves(output)
+    new = {path: object() for path in data.draw(st.sets(st.sampled_from(list(leaves))))} if leaves else {}
+    replaced = trees.with_leaves(output, new)
+    assert list(trees.leaves(replaced)) == list(leaves)
+    for path, leaf in trees.leaves(replaced).items():
+        assert leaf is new.get(path, leaves[path])
+    assert type(replaced) is type(output) or () in new
+    assert new or replaced is output
+    assert [id(leaf) for leaf in trees.leaves(output).values()] == [id(leaf) for leaf in leaves.values()], "left alone"
+
+
 CONTAINERS = {
     "tuple": lambda x: (x,),
     "list": lambda x: [x],
@@ -134,10 +147,20 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_what_holds_the_replaced_tensor_is_a_new_container_of_its_kind_and_what_holds_others_is_the_same(kind):
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda value, path, new: trees.with_tensor(value, 0, new),
+        lambda value, path, new: trees.with_leaves(value, {path: new}),
+        lambda value, path, new: trees.map_leaves(lambda leaf: new if leaf is trees.at(value, path) else leaf, value),
+    ],
+    ids=["with_tensor", "with_leaves", "map_leaves"],
+)
+def test_what_holds_the_replaced_tensor_is_a_new_container_of_its_kind_and_what_holds_others_is_the_same(kind, replace):
     old, other, new = torch.zeros(1), torch.zeros(1), torch.ones(2)
     first, second = CONTAINERS[kind](old), CONTAINERS[kind](other)
-    replaced, kept = trees.with_tensor((first, second), 0, new)
+    path = next(path for path, leaf in trees.leaves((first, second)).items() if leaf is old)
+    replaced, kept = replace((first, second), path, new)
     assert kept is second
     assert replaced is not first
     assert type(replaced) is type(first)
@@ -156,9 +179,10 @@ def test_a_field_that_has_no_value_stays_without_one():
         logits: Tensor
         loss: Tensor = dataclasses.field(init=False)
 
-    replaced = trees.with_tensor(Partial(torch.zeros(2)), 0, torch.ones(2))
-    assert torch.equal(replaced.logits, torch.ones(2))
-    assert not hasattr(replaced, "loss")
+    partial, new = Partial(torch.zeros(2)), torch.ones(2)
+    for replaced in (trees.with_tensor(partial, 0, new), trees.with_leaves(partial, {("logits",): new})):
+        assert replaced.logits is new
+        assert not hasattr(replaced, "loss")
 
 
 class Word(str):

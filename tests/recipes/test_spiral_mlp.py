@@ -25,7 +25,7 @@ from PIL import Image
 
 import rdp
 from rdp.analysis import spiral
-from rdp.tensorboard import Panels
+from rdp.tensorboard import Panels, plots
 
 TINY = ["--depth", "3", "--width", "4", "--epochs", "2", "--samples", "512", "--pictures", "1"]
 
@@ -35,6 +35,12 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts stay empty, which is most of the time of so small runs: tests/tensorboard looks at those of such runs."""
+    monkeypatch.setattr(plots.FigureCanvasAgg, "draw", lambda canvas: canvas.get_renderer())
 
 
 @pytest.mark.slow
