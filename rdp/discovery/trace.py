@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rdp import frames, trees
 from rdp.discovery import ops
+from rdp.discovery.by_tensor import ByTensor
 from rdp.discovery.scripted import scripted_calls
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -105,9 +105,8 @@ class Trace(TorchFunctionMode):
         self.dropouts: list[tuple[int, Call]] = []
         self._stack: list[Call] = []
         self._gradients = [True]  # one for each of the model's own `no_grad` and `enable_grad` that are open
-        self._known: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # tensor -> (version, value index)
-        # storage owner -> value of its last in-place write
-        self._written: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        self._known: ByTensor[tuple[int, int]] = ByTensor()  # version and value index
+        self._written: ByTensor[int] = ByTensor()  # by the owner of the storage, the value of its last in-place write
         self._from_host = False
         """Is the model called without any tensor, so that those which it makes of numbers are its data?"""
         self._names: dict[int, str] = {}
@@ -242,13 +241,13 @@ class Trace(TorchFunctionMode):
 
     def _bind(self, tensor: Tensor, index: int) -> int:
         self._known[tensor] = (_version(tensor), index)
-        if (local := _local(tensor)) is not None:
-            self._known.setdefault(local, (_version(local), index))
+        if (local := _local(tensor)) is not None and self._known.get(local) is None:
+            self._known[local] = _version(local), index
         return index
 
     def _lookup(self, tensor: Tensor) -> int:
         known = self._known.get(tensor)
-        if known is None and (local := _local(tensor)) is not None and local in self._known:
+        if known is None and (local := _local(tensor)) is not None and self._known.get(local) is not None:
             return self._bind(tensor, self._new("alias", (self._lookup(local),), tensor))
         if known is None:
             return self._bind(tensor, self._new("leaf", (), tensor, is_data=False, name=self._names.get(id(tensor))))

@@ -70,18 +70,36 @@ def weightless(model: nn.Module, shortcuts: bool = True) -> Iterator[None]:
         yield
 
 
+_OF_ONE = frozenset(
+    [
+        functional.batch_norm,
+        functional.gelu,
+        functional.relu,
+        functional.silu,
+        *(function for at in (torch, Tensor) for function in (at.relu, at.sigmoid, at.tanh)),
+    ]
+)
+_OF_TWO = frozenset(function for at in (torch, Tensor) for function in (at.add, at.div, at.mul, at.sub))
+
+
 class _Shapes(TorchFunctionMode):
-    """Says at once what shape some layers have on `meta`, where torch spends a millisecond on each."""
+    """Says at once what shape some functions return on `meta`, where torch spends up to a millisecond on each."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and type(args[0]) is Tensor and args[0].is_meta:
-            if func in (functional.batch_norm, functional.gelu):
+            alone = func in _OF_ONE and not (kwargs or {}).get("inplace")
+            both = func in _OF_TWO and len(args) == 2 and not kwargs and _are_alike(*args)
+            if (alone or both) and args[0].is_floating_point():
                 return torch.empty_like(args[0])
             if func is functional.layer_norm:
                 return args[0].new_empty(args[0].shape)
             if func is functional.linear and len(args) > 1 and args[0].shape[-1:] == args[1].shape[-1:]:
                 return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
         return func(*args, **(kwargs or {}))
+
+
+def _are_alike(x: Tensor, y: object) -> bool:
+    return type(y) is Tensor and x.dtype == y.dtype and x.shape == y.shape
 
 
 @contextmanager
