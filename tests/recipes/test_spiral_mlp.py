@@ -22,10 +22,11 @@ from engine.errors import explained
 from engine.lock import claim
 from engine.output import best_effort_output
 from PIL import Image
+from unpainted import leave_unpainted
 
 import rdp
 from rdp.analysis import spiral
-from rdp.tensorboard import Panels, plots
+from rdp.tensorboard import Panels
 
 TINY = ["--depth", "3", "--width", "4", "--epochs", "2", "--samples", "512", "--pictures", "1"]
 
@@ -39,8 +40,8 @@ def _threads():
 
 @pytest.fixture(autouse=True)
 def _unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts stay empty, which is most of the time of so small runs: tests/tensorboard looks at those of such runs."""
-    monkeypatch.setattr(plots.FigureCanvasAgg, "draw", lambda canvas: canvas.get_renderer())
+    """What is painted, tests/tensorboard looks at."""
+    leave_unpainted(monkeypatch)
 
 
 @pytest.mark.slow
