@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import project_paths  # noqa: F401
 import tyro
@@ -22,6 +22,9 @@ from frontier import Study, compared, differences, missing, read_studies
 from paired import half_width, holm, paired_p_value
 from study_arms import Arm
 from study_run import StudyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEVEL = 0.01
 MARKS = ("<!-- study -->", "<!-- /study -->")
@@ -138,31 +141,68 @@ def draw(studies: list[Study], path: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, row = pyplot.subplots(1, len(studies), figsize=(4.6 * len(studies), 5.2), squeeze=False, dpi=150)
-    for study, axes in zip(studies, row[0], strict=True):
-        better_is_lower = study.setting.metric != "top1"
-        axes.set_title(textwrap.fill(f"{study.setting.name}: {study.setting.title}", 50), fontsize=8)
-        axes.set_xlabel("FLOPs of the training, standard = 1")
-        axes.set_ylabel("test loss (upside down: better is higher)" if better_is_lower else "top-1 test accuracy, %")
-        if better_is_lower:
-            axes.invert_yaxis()
-        points = study.points()
-        for number, (arm, (cost, value, spread)) in enumerate(points.items()):
-            colour, marker = ("black", "o") if arm.plain else (f"C{number % 10}", "sD^v"[number % 4])
-            label = None if arm.plain else arm.title
-            axes.errorbar(cost, value, spread, color=colour, fmt=marker, markersize=5, capsize=2, lw=1, label=label)
-        places = {arm.name: point[:2] for arm, point in points.items()}
-        line = [places[name] for _, name in study.frontier()]
-        line += [(max(x for x, _ in places.values()), line[-1][1])] if line else []  # beyond the last it stays there
-        axes.plot([x for x, _ in line], [y for _, y in line], color="black", lw=1, label="plain training")
-        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    figure.tight_layout()
+    figure = frontier_figure(studies)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
     for file in files:
         figure.savefig(file)
     pyplot.close(figure)
     return files
+
+
+def frontier_figure(studies: list[Study]) -> Figure:
+    """Metric against cost, a chart a setting, however many arms there are. Arms of fewer seeds are hollow."""
+    from matplotlib import pyplot
+
+    names = max(1 + sum(not arm.plain for arm in study.points()) for study in studies)
+    heights = (0.45, 3.4, 0.55 + 0.165 * names)  # in inches: titles, charts, and below them what stands for what
+    height = sum(heights)
+    figure, row = pyplot.subplots(1, len(studies), figsize=(4.6 * len(studies), height), squeeze=False, dpi=150)
+    figure.subplots_adjust(
+        left=0.65 / (4.6 * len(studies)),
+        right=1 - 0.15 / (4.6 * len(studies)),
+        top=1 - heights[0] / height,
+        bottom=heights[2] / height,
+        wspace=0.2,
+    )
+    for study, axes in zip(studies, row[0], strict=True):
+        better_is_lower = study.setting.metric != "top1"
+        axes.set_title(textwrap.fill(f"{study.setting.name}: {study.setting.title}", 50), fontsize=8)
+        axes.set_xlabel("FLOPs of the training, standard = 1", fontsize=9)
+        label = "test loss (upside down: better is higher)" if better_is_lower else "top-1 test accuracy, %"
+        axes.set_ylabel(label, fontsize=9)
+        axes.tick_params(labelsize=8)
+        if better_is_lower:
+            axes.invert_yaxis()
+        points = study.points()
+        for number, (arm, (cost, value, spread)) in enumerate(points.items()):
+            colour, marker = ("black", "o") if arm.plain else (f"C{number % 10}", "sD^v"[number % 4])
+            seeds = len(study.records[arm.name])
+            few = seeds < len(study.records["standard"])
+            axes.errorbar(
+                cost,
+                value,
+                spread,
+                color=colour,
+                fmt=marker,
+                markersize=5,
+                markerfacecolor="white" if few else colour,
+                capsize=2,
+                lw=0.5 if few else 1,
+                label=None
+                if arm.plain
+                else f"{arm.title} ({len(study.records[arm.name])} seeds)"
+                if few
+                else arm.title,
+                zorder=1 if few else 2,
+            )
+        places = {arm.name: point[:2] for arm, point in points.items()}
+        line = [places[name] for _, name in study.frontier()]
+        line += [(max(x for x, _ in places.values()), line[-1][1])] if line else []  # beyond the last it stays there
+        axes.plot([x for x, _ in line], [y for _, y in line], color="black", lw=1, label="plain training")
+        below = (0.5, -0.45 / heights[1])
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=below, borderaxespad=0, frameon=False)
+    return figure
 
 
 def put(page: Path, text: str) -> None:

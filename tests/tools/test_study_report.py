@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import study_arms
 from hypothesis import given
 from hypothesis import strategies as st
 from study_run import StudyError
 
 from tools.frontier import Study, compared, missing, read_studies
 from tools.paired import half_width, holm, paired_p_value
-from tools.study_report import MARKS, draw, main, put, report
+from tools.study_report import MARKS, draw, frontier_figure, main, put, report
 
 PLAIN = {
     "standard": (1.0, 60.0),
@@ -117,6 +118,21 @@ def test_the_figure_is_drawn_of_what_there_is(root: Path, tmp_path: Path) -> Non
     files = draw(read_studies(root), tmp_path / "figures" / "frontier")
     assert [file.suffix for file in files] == [".svg", ".png"]
     assert all(file.stat().st_size > 1000 for file in files)
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_what_stands_for_what_has_room_below_however_many_arms_there_are(root: Path, count: int) -> None:
+    names = [arm.name for arm in study_arms.arms(study_arms.SETTINGS["resnet"]) if not arm.plain and not arm.tunes]
+    for name in names[:count]:
+        write(root, name, 0.7, seeds(57.0, 0.1, count=3))
+    figure = frontier_figure(read_studies(root))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    legend, label = axes.get_legend().get_window_extent(), axes.xaxis.label.get_window_extent()
+    assert len(axes.get_legend().get_texts()) == 1 + min(count, len(names))
+    assert 0 <= legend.y0 < legend.y1 <= label.y0
+    assert axes.yaxis.label.get_window_extent().x0 >= 0
+    assert axes.title.get_window_extent().y1 <= figure.bbox.y1
 
 
 def test_commits_are_not_mixed(root: Path) -> None:
