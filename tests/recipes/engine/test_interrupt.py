@@ -13,14 +13,17 @@ ALONE = World(torch.device("cpu"))
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_for_a_stop_and_is_given_back_afterwards(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Interrupts(10, ALONE) as interrupts:
-        assert interrupts.poll() is Action.GO_ON
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # a terminal's Ctrl-C comes twice to a process of torchrun
-        assert interrupts.poll() is Action.STOP
-        assert interrupts.exit_status == 128 + number
-    assert signal.getsignal(number) is before
+    outside = signal.signal(number, signal.default_int_handler)  # whatever it is here: nohup ignores one
+    try:
+        with Interrupts(10, ALONE) as interrupts:
+            assert interrupts.poll() is Action.GO_ON
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a terminal's Ctrl-C comes twice to a process of torchrun
+            assert interrupts.poll() is Action.STOP
+            assert interrupts.exit_status == 128 + number
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, outside)
 
 
 def test_a_checkpoint_is_due_once_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
