@@ -15,14 +15,13 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 import rdp
 
@@ -125,14 +124,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _to_copy(func, *args, **kwargs)
     if name == "copy_":
         return _copy(*args, **kwargs)
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, SimulatedTensor)]
     strangers = [x for x in tensors if x.dim() and not isinstance(x, SimulatedTensor)]
     if ours and strangers and name not in _INDEXES:
         raise RuntimeError(f"{func}: tensors on {NAME} and on {strangers[0].device}, of shape {[*strangers[0].shape]}")
     if ours and (why := _waits(name, args, kwargs, strangers)):
         _wait(why)
-    raw_args, raw_kwargs = tree_map(_raw, (args, kwargs))
+    raw_args = [_each(_raw, x) for x in args]
+    raw_kwargs = {key: _each(_raw, x) for key, x in kwargs.items()}
     if raw_kwargs.get("device") is not None:
         raw_kwargs["device"] = torch.device("cpu")
     raw_kwargs.pop("pin_memory", None)
@@ -150,7 +150,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return x
         return written[id(x)] if id(x) in written else SimulatedTensor(x)
 
-    return tree_map(wrapped, result)
+    return _each(wrapped, result)
 
 
 def _to_copy(func: Any, source: Tensor, *, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Tensor:
@@ -212,6 +212,23 @@ def _origin() -> str:
     return f", from rdp: {' < '.join(lines[:3])}" if lines else ""
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """What an operator takes or returns: values, and lists of them."""
+    for x in values:
+        if isinstance(x, (list, tuple)):
+            yield from x
+        else:
+            yield x
+
+
+def _each(change: Callable[[Any], Any], x: Any) -> Any:
+    """The same, changed."""
+    if isinstance(x, (list, tuple)):
+        changed = [change(item) for item in x]
+        return changed if isinstance(x, list) else tuple(changed)
+    return change(x)
+
+
 def _raw(x: Any) -> Any:
     return x.raw if isinstance(x, SimulatedTensor) else x
 
@@ -226,7 +243,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
     """By id of what they wrap, the tensors that an operator writes to: it returns these, not new ones."""
     places = _places_written(func)
     given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
-    return {id(x.raw): x for x in tree_leaves(given) if isinstance(x, SimulatedTensor)} if places else {}
+    return {id(x.raw): x for x in _flat(given) if isinstance(x, SimulatedTensor)} if places else {}
 
 
 @functools.cache
