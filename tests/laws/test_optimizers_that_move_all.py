@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 import rdp
 from laws import architectures as arch
 from laws.strategies import Case, cases, every_architecture
-from laws.training import identical, loss, snapshot
+from laws.training import copied, identical, loss, snapshot
 
 
 class MovesAll(Optimizer):
@@ -132,7 +132,7 @@ def test_frozen_is_bit_identical_under_optimizers_that_move_all(case, kind, by_c
             optimizer.zero_grad(set_to_none)
             value = loss(model(model.rows(2, number)))
             value.backward()
-            gradients.update({name: copy.deepcopy(p.grad) for name, p in model.named_parameters()})
+            gradients.update({name: copied(p.grad) for name, p in model.named_parameters()})
             return value
 
         if not by_closure:

@@ -54,7 +54,18 @@ def after_forward(module: nn.Module, look: Callable[..., object]) -> Callable[[]
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A copy of every parameter and of its optimizer state, by parameter name."""
-    return {name: copy.deepcopy((p.detach(), dict(optimizer.state.get(p, {})))) for name, p in model.named_parameters()}
+    return {name: copied((p, optimizer.state.get(p, {}))) for name, p in model.named_parameters()}
+
+
+def copied(value: Any) -> Any:
+    """What `copy.deepcopy` makes of it, but for graphs, in a fraction of the time."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([copied(item) for item in value])
+    return copy.deepcopy(value)
 
 
 def identical(a: Any, b: Any) -> bool:
