@@ -70,7 +70,7 @@ def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def guards_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch times the guards of each graph over an emptied cache, for its logs: a sixth of the time of small graphs."""
+    """Torch times the guards of each graph over an emptied cache, for its logs: a seventh of the time of small ones."""
     if (guards := sys.modules.get("torch._dynamo.guards")) is not None:
         monkeypatch.setattr(guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
 

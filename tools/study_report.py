@@ -144,8 +144,9 @@ def draw(studies: list[Study], path: Path) -> list[Path]:
     figure = frontier_figure(studies)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for file in files:
-        figure.savefig(file)
+    with matplotlib.rc_context({"svg.hashsalt": "rdp"}):  # the same records make the same files
+        for file in files:
+            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
     return files
 
@@ -189,11 +190,7 @@ def frontier_figure(studies: list[Study]) -> Figure:
                 markerfacecolor="white" if few else colour,
                 capsize=2,
                 lw=0.5 if few else 1,
-                label=None
-                if arm.plain
-                else f"{arm.title} ({len(study.records[arm.name])} seeds)"
-                if few
-                else arm.title,
+                label=None if arm.plain else arm.title + f" ({seeds} seeds)" * few,
                 zorder=1 if few else 2,
             )
         places = {arm.name: point[:2] for arm, point in points.items()}

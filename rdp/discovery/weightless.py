@@ -18,6 +18,18 @@ from rdp import trees
 from rdp.discovery.forwards import Inputs, contents, only_device, put_back
 from rdp.inputs import fresh
 
+_LIKE_WHAT_IT_TAKES = frozenset(
+    [
+        functional.batch_norm,
+        functional.gelu,
+        functional.relu,
+        functional.silu,
+        *(function for at in (torch, Tensor) for function in (at.relu, at.sigmoid, at.tanh)),
+    ]
+)
+_LIKE_BOTH = frozenset(function for at in (torch, Tensor) for function in (at.add, at.div, at.mul, at.sub))
+"""Functions that return a tensor of the form of their first; of two that are alike. Others are asked of torch."""
+
 
 def on_meta(inputs: Inputs) -> Inputs:
     """The same inputs without numbers.
@@ -70,25 +82,13 @@ def weightless(model: nn.Module, shortcuts: bool = True) -> Iterator[None]:
         yield
 
 
-_OF_ONE = frozenset(
-    [
-        functional.batch_norm,
-        functional.gelu,
-        functional.relu,
-        functional.silu,
-        *(function for at in (torch, Tensor) for function in (at.relu, at.sigmoid, at.tanh)),
-    ]
-)
-_OF_TWO = frozenset(function for at in (torch, Tensor) for function in (at.add, at.div, at.mul, at.sub))
-
-
 class _Shapes(TorchFunctionMode):
     """Says at once what shape some functions return on `meta`, where torch spends up to a millisecond on each."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and type(args[0]) is Tensor and args[0].is_meta:
-            alone = func in _OF_ONE and not (kwargs or {}).get("inplace")
-            both = func in _OF_TWO and len(args) == 2 and not kwargs and _are_alike(*args)
+            alone = func in _LIKE_WHAT_IT_TAKES and not (kwargs or {}).get("inplace")
+            both = func in _LIKE_BOTH and len(args) == 2 and not kwargs and _are_alike(*args)
             if (alone or both) and args[0].is_floating_point():
                 return torch.empty_like(args[0])
             if func is functional.layer_norm:

@@ -139,8 +139,8 @@ class BranchOnRows:
         passing, rows = self.passing, self.passing.others
         # What learns has run before: autocast keeps the weights that it has cast first, with their graph or without.
         learn = passing.own_undropped and torch.is_grad_enabled()
-        # Torch makes one graph with gradients of a compiled module, and one without: it is not asked for a second one.
         modules = self._modules()
+        # Torch makes one graph with gradients of a compiled module, and one without: it is not asked for a second one.
         spared = not learn and torch.is_grad_enabled() and _any_is_compiled(modules.values())
         norms = _tracking_norms(modules.values()) if self.program.batch_norm else []
         self._in_replay(True, norms)
@@ -193,7 +193,6 @@ class BranchOnRows:
         self, operation: Operation, given: Arguments, leaves: Leaves, env: dict[int, Tensor], rows: Tensor
     ) -> Arguments:
         """The arguments `given` to an operation, with values from `env` and cut to `rows`."""
-
         new: dict[Path, Any] = {}
         for path, recorded in operation.leaves.items():
             if isinstance(recorded, Ref):

@@ -118,6 +118,8 @@ def test_the_figure_is_drawn_of_what_there_is(root: Path, tmp_path: Path) -> Non
     files = draw(read_studies(root), tmp_path / "figures" / "frontier")
     assert [file.suffix for file in files] == [".svg", ".png"]
     assert all(file.stat().st_size > 1000 for file in files)
+    before = [file.read_bytes() for file in files]
+    assert [file.read_bytes() for file in draw(read_studies(root), tmp_path / "figures" / "frontier")] == before
 
 
 @pytest.mark.parametrize("count", [1, 5, 20])
