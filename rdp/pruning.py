@@ -20,7 +20,8 @@ from rdp.calls import Inputs
 from rdp.copies import inert
 from rdp.discovery import forwards
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Call, Trace
+from rdp.discovery.records import Call
+from rdp.discovery.trace import Trace
 from rdp.discovery.unused import Unused
 from rdp.errors import ArgumentError, BranchError, listed
 from rdp.handle import ResidualDropPath

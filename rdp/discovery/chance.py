@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from rdp import trees
 from rdp.discovery import forwards, ops
 from rdp.discovery.forwards import Inputs, as_in_training, generators, own_generators
-from rdp.discovery.trace import Arguments, Trace
+from rdp.discovery.records import Arguments
+from rdp.discovery.trace import Trace
 from rdp.discovery.weightless import ways_to_run
 
 _ALMOST_0, _ALMOST_1 = 1e-7, 1 - 1e-7

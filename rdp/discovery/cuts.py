@@ -18,9 +18,9 @@ from torch import Tensor
 from rdp import trees
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
+from rdp.discovery.records import Call, Ref, Value
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
-from rdp.discovery.trace import Call, Ref, Value
 
 _EVER = 1 << 60
 

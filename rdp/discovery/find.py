@@ -17,8 +17,9 @@ from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
 from rdp.discovery.nesting import Nesting
 from rdp.discovery.ownership import parameters_by_branch
+from rdp.discovery.records import Call
 from rdp.discovery.residuals import Rejection, find_residuals, passed_over, without_side_inputs
-from rdp.discovery.trace import Call, Trace
+from rdp.discovery.trace import Trace
 from rdp.discovery.weightless import on_meta, weightless
 from rdp.errors import RdpError
 from rdp.inputs import fresh

@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 
 from rdp.discovery import ops
-from rdp.discovery.trace import Call, Trace, Value
+from rdp.discovery.records import Call, Value
+from rdp.discovery.trace import Trace
 
 LINEAR_FORM, AFFINE_MAP, NONLINEAR = range(3)
 """How far a path is from the identity: views and scaling, then affine layers, then anything else."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from rdp.branches import Kind
 from rdp.discovery import ops
 from rdp.discovery.graph import AFFINE_MAP, LINEAR_FORM, NONLINEAR, Graph
+from rdp.discovery.records import Value
 from rdp.discovery.sums import Sum, sum_of
-from rdp.discovery.trace import Value
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
+from rdp.discovery.records import Call
 from rdp.discovery.residuals import Residual
-from rdp.discovery.trace import Call
 
 
 @dataclass(frozen=True)

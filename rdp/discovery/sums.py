@@ -19,7 +19,7 @@ from torch import Tensor
 from rdp import trees
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Ref, Value
+from rdp.discovery.records import Ref, Value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Call
+from rdp.discovery.records import Call
 
 _KEEP = ops.VIEW | ops.SLICE | ops.SCALE | ops.KEEPS_ZERO
 """A product is zero if a factor is, a quotient if the first value is, and so with functions of one value."""

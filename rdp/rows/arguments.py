@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rdp.branches import RowAxis
-from rdp.discovery.trace import Ref
+from rdp.discovery.records import Ref
 from rdp.trees import Path, Placeholder
 
 Leaves = Mapping[Path, Any]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rdp import trees
-from rdp.discovery.trace import Arguments, Ref
+from rdp.discovery.records import Arguments, Ref
 from rdp.errors import ForwardError
 from rdp.rows.arguments import Leaves, Named, Outside, Rows, as_recorded
 from rdp.rows.moving import put, take

@@ -16,7 +16,7 @@ import torch
 from rdp.branches import NEVER
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Value
+from rdp.discovery.records import Value
 
 _LEFT = 4
 """Of the six parts of the work of a cycle."""

@@ -12,7 +12,7 @@ from torch import nn
 from rdp import trees
 from rdp.branches import RowAxis
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Arguments, Call, Ref
+from rdp.discovery.records import Arguments, Call, Ref
 from rdp.rows.arguments import Named, Outside, Rows
 from rdp.rows.program import Operation
 from rdp.rows.twins import Twins

@@ -13,7 +13,7 @@ from rdp.discovery.candidates import Candidate
 from rdp.discovery.find import Discovery
 from rdp.discovery.forwards import Inputs
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Call
+from rdp.discovery.records import Call
 from rdp.rows.axes import Coupling, Place, row_axis, settle
 
 Twins = Mapping[tuple[str, int], Call]

@@ -14,7 +14,7 @@ from torch import nn
 
 from rdp import trees
 from rdp.branches import RowAxis
-from rdp.discovery.trace import Arguments, Ref
+from rdp.discovery.records import Arguments, Ref
 from rdp.rows.arguments import Leaves
 from rdp.rows.cost import Work
 from rdp.trees import Path

@@ -14,7 +14,7 @@ from rdp import trees
 from rdp.branches import RowAxis
 from rdp.discovery import ops
 from rdp.discovery.graph import Graph
-from rdp.discovery.trace import Arguments, Call, Ref, Value
+from rdp.discovery.records import Arguments, Call, Ref, Value
 from rdp.rows.axes import row_axis
 
 _Owner = tuple[str, int] | None

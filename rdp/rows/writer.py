@@ -15,9 +15,9 @@ from torch import nn
 
 from rdp.branches import RowAxis
 from rdp.discovery.graph import Graph
+from rdp.discovery.records import Call
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
-from rdp.discovery.trace import Call
 from rdp.rows.cost import work
 from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis
 from rdp.rows.program import Operation, Program

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rdp.branches import RowAxis
-from rdp.discovery.trace import Ref
+from rdp.discovery.records import Ref
 from rdp.rows.arguments import Named, Outside, Rows
 from rdp.rows.program import Operation, Program
 

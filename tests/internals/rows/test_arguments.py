@@ -7,7 +7,7 @@ import torch
 
 from rdp import trees
 from rdp.branches import RowAxis
-from rdp.discovery.trace import Ref
+from rdp.discovery.records import Ref
 from rdp.rows.arguments import Named, Outside, Rows, as_recorded
 
 PER_ROW, SHARED = Outside(RowAxis(0, 1), 2), Outside(None, 7)

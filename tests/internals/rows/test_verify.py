@@ -10,7 +10,7 @@ from laws.training import anatomy
 from torch import Tensor, nn
 
 from internals.rows.hand_made import FOLD, WIDTH, Net, inputs, program
-from rdp.discovery.trace import Ref
+from rdp.discovery.records import Ref
 from rdp.rows.program import Operation, Program
 from rdp.rows.verify import verify_programs
 

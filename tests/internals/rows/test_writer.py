@@ -13,7 +13,7 @@ from internals.rows.hand_made import Net, inputs, program
 from rdp import trees
 from rdp.discovery.find import find_branches, traced
 from rdp.discovery.forwards import undisturbed
-from rdp.discovery.trace import Ref
+from rdp.discovery.records import Ref
 from rdp.inputs import candidates
 from rdp.rows.program import Operation, Program
 from rdp.rows.twins import Twins
