@@ -70,7 +70,7 @@ def weightless(model: nn.Module, shortcuts: bool = True) -> Iterator[None]:
         shortcuts: Do not call some functions whose shapes are known; who counts operations needs them called.
     """
     stand_ins: dict[int, Tensor] = {}  # shared tensors stay shared
-    with left_alone(model), _Shapes() if shortcuts else nullcontext():
+    with left_alone(model):
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -79,7 +79,8 @@ def weightless(model: nn.Module, shortcuts: bool = True) -> Iterator[None]:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = stand_ins.setdefault(id(buffer), buffer.detach().to("meta"))
-        yield
+        with _Shapes() if shortcuts else nullcontext():
+            yield
 
 
 class _Shapes(TorchFunctionMode):
