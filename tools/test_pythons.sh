@@ -9,6 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if command -v pyenv > /dev/null; then
+    PYENV_VERSION=$(pyenv versions --bare | sort -rV | paste -sd: -)
+    export PYENV_VERSION # else it shows only those that it was told to use
+fi
 absent=() failed=()
 [ $# -gt 0 ] || set -- 3.11 3.12 3.13 3.14
 for version; do
