@@ -305,10 +305,11 @@ def test_all_branches_are_hooked_or_none(error):
 
 
 @pytest.mark.parametrize("architecture", [LoopMLP, FoldedMLP, BlockMLP], ids=lambda kind: kind.__name__)
-def test_attach_takes_as_long_a_branch_for_many_branches_as_for_few(architecture):
+def test_attach_takes_as_long_for_one_more_branch_of_many_as_of_few(architecture):
     """Counted in calls of the library's functions."""
 
-    def calls(blocks: int) -> float:
+    def calls(blocks: int) -> int:
+        torch.manual_seed(0)
         model = architecture(("plain",) * blocks if architecture is BlockMLP else blocks)
         count = 0
 
@@ -321,7 +322,9 @@ def test_attach_takes_as_long_a_branch_for_many_branches_as_for_few(architecture
             handle = rdp.attach(model, decay="constant", example_inputs=model.rows(2, 0))
         finally:
             sys.setprofile(None)
-        return count / len(handle.branches)
+        assert len(handle.branches) == blocks
+        return count
 
     calls(2)
-    assert calls(48) <= 1.02 * calls(12)  # from Python 3.12 on a few more are counted, 0.2 %
+    few, many = (calls(24) - calls(12)) / 12, (calls(96) - calls(48)) / 48
+    assert many <= 1.05 * few  # where rows lie may want a second forward

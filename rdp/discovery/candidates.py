@@ -127,6 +127,11 @@ class _WaysOut:
     def __init__(self, graph: Graph, residuals: list[Residual]) -> None:
         self.graph = graph
         self.ends = [(residual, find_seams(graph, residual)) for residual in residuals]
+        self._sums: dict[int, set[int]] = defaultdict(set)
+        """Of each value at the end of a branch, where the sums begin that take it."""
+        for residual, seams in self.ends:
+            for seam in seams:
+                self._sums[seam.value].add(residual.entry)
         self._refused: set[int] = set()
         """Sums whose gates do not exist, so that what they take in is not dropped."""
         while True:
@@ -150,8 +155,7 @@ class _WaysOut:
             return f"{sorted(late)} are applied after {before}, outside of any module; FREEZE could not keep them still"
         for seam in seams:
             # One module may end the branches of several sums, which are then gated together.
-            sums = {r.entry for r, others in self.ends if any(s.value == seam.value for s in others)}
-            if graph.reaches_output([seam.value], around=sums):
+            if graph.reaches_output([seam.value], around=self._sums[seam.value]):
                 return f"the output of `{seam.call.name}` also feeds something other than the residual sum"
             inner, around = self._inner(residual, seam), self._gated(residual)
             if graph.reaches_output(inner, around) and graph.joins(inner, around, residual.sum):

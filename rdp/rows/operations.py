@@ -97,7 +97,7 @@ class Writer:
             raise NotIndependent("a bare function takes a tensor from outside of the branch")
         made = range(begin, calls[-1].end) if calls else [index]
         self.inside |= {value for value in made if self.graph.values[value].is_data}
-        if any(passes_through(call, {*made}) and call.parent in self._around for call in self.graph.trace.calls):
+        if any(call.parent in self._around for call in silent_calls(self.graph, {*made})):
             raise NotIndependent("a module that does nothing in eval mode takes a tensor from outside of the branch")
         self.write(item)
 
@@ -153,6 +153,12 @@ def row_axis(graph: Graph, twins: Twins, index: int) -> RowAxis | None:
 def passes_through(call: Call, path: set[int]) -> bool:
     """Does a module do nothing to these values in eval mode?"""
     return call.begin == call.end and call.outputs[:1] == call.inputs[:1] and bool(path & set(call.outputs))
+
+
+def silent_calls(graph: Graph, path: set[int]) -> list[Call]:
+    """The calls of modules that do nothing to one of these values in eval mode."""
+    calls = (call for index in sorted(path) for call in graph.values[index].returned_by)
+    return list(dict.fromkeys(call for call in calls if passes_through(call, path)))
 
 
 def _side_outputs(graph: Graph, twins: Twins, call: Call, inside: set[int]) -> list[int]:

@@ -19,7 +19,7 @@ from rdp.discovery.records import Call
 from rdp.discovery.residuals import Residual
 from rdp.discovery.seams import Seam
 from rdp.rows.cost import work
-from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis
+from rdp.rows.operations import NotIndependent, Writer, passes_through, row_axis, silent_calls
 from rdp.rows.program import Operation, Program
 from rdp.rows.twins import Twins
 
@@ -156,8 +156,8 @@ def _sequence(graph: Graph, residual: Residual, path: set[int]) -> list[Call | i
     # Modules that pass their input through in eval mode, such as Dropout, made no value but are called all the same.
     silent = [
         call
-        for call in graph.trace.calls
-        if call.parent in around and call not in around and passes_through(call, path) and call.end <= residual.sum
+        for call in silent_calls(graph, path)
+        if call.parent in around and call not in around and call.end <= residual.sum
     ]
     # A silent call is over when the next value is made.
     when = [(call.begin, 0) for call in silent] + [(i.begin if isinstance(i, Call) else i, 1) for i in sequence]
