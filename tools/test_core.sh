@@ -17,7 +17,7 @@ environment=${4:-$(dirname "$(mktemp -u)")/rdp-python-$1-${2//[^a-z0-9.]/}}
 [ -d "$environment" ] || uv venv --quiet --no-project --python "$1" "$environment"
 # --no-config, and no `uv run`: the project's own environment and its lock are left alone.
 uv pip install --quiet --no-config --python "$environment/bin/python" "$2" "$3" \
-    "timm>=1.0.20" "schedulefree>=1.4" "numpy>=1.26" \
+    "timm>=1.0.20" "transformers>=5.0" "schedulefree>=1.4" "numpy>=1.26" \
     "hypothesis>=6.100" "pytest>=8.2" "pytest-cov>=5.0" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 "$environment/bin/python" -c 'import platform, timm, torch
 print("Python", platform.python_version(), "torch", torch.__version__, "timm", timm.__version__)'

@@ -87,6 +87,8 @@ class BranchOnRows:
         self._numbers = {
             operation.target: i for i, operation in enumerate(program.operations) if isinstance(operation.target, str)
         }
+        # Apart, since to the compiler of torch 2.6 a method like `Tensor.permute` is none as an operation's attribute.
+        self._functions = [None if isinstance(o.target, str) else o.target for o in program.operations]
 
     def enter(self, given: Arguments, split_on: Callable[[torch.device], Split], freeze: bool) -> Arguments | None:
         """The arguments of the branch's first module, cut to some rows; None if the branch must run dense.
@@ -147,14 +149,15 @@ class BranchOnRows:
         try:  # a context manager of ours torch 2.6 could not trace
             with torch.set_grad_enabled(learn or spared):
                 env = {self.program.start: take(passing.x, self.program.axes[self.program.start], rows)}
-                for operation in self.program.operations[:operations]:
-                    if isinstance(operation.target, str):
-                        given = passing.calls.get(operation.target, (operation.arguments, operation.leaves))
-                        args, kwargs = self._filled(operation, *given, env, rows)
-                        output = modules[operation.target](*args, **kwargs)
+                for operation, function in zip(self.program.operations[:operations], self._functions, strict=False):
+                    recorded = operation.arguments, operation.leaves
+                    if function is None:
+                        name = str(operation.target)
+                        args, kwargs = self._filled(operation, *passing.calls.get(name, recorded), env, rows)
+                        output = modules[name](*args, **kwargs)
                     else:
-                        args, kwargs = self._filled(operation, operation.arguments, operation.leaves, env, rows)
-                        output = operation.target(*args, **kwargs)
+                        args, kwargs = self._filled(operation, *recorded, env, rows)
+                        output = function(*args, **kwargs)
                     for value, tensor in zip(operation.outputs, trees.tensors(output), strict=False):
                         if value is not None:
                             env[value] = tensor
@@ -186,8 +189,7 @@ class BranchOnRows:
 
     def _modules(self) -> dict[str, nn.Module]:
         """What the branch calls, by name."""
-        called = [operation.target for operation in self.program.operations if isinstance(operation.target, str)]
-        return {name: self.model.get_submodule(name) for name in called}
+        return {name: self.model.get_submodule(name) for name in self._numbers}
 
     def _filled(
         self, operation: Operation, given: Arguments, leaves: Leaves, env: dict[int, Tensor], rows: Tensor

@@ -122,6 +122,14 @@ class ActivatedMLPBlock(MLPBlock):
         return F.gelu(super().branch(x))
 
 
+class MethodMLPBlock(MLPBlock):
+    """Methods of tensors lie in the branch's midst, one of them with the number of rows."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        heads = self.fc1(x).view(len(x), 2, WIDTH // 2).transpose(1, 2)
+        return self.fc2(heads.tanh().flatten(1))
+
+
 class DropoutMLPBlock(MLPBlock):
     """The branch ends in dropout: random numbers are consumed inside it."""
 
@@ -163,6 +171,7 @@ MLP_BLOCKS = {
     "scaled": ScaledMLPBlock,
     "layer_scale": LayerScaleMLPBlock,
     "activated": ActivatedMLPBlock,
+    "method": MethodMLPBlock,
     "dropout": DropoutMLPBlock,
     "norm": NormMLPBlock,
     "post_activation": PostActivationMLPBlock,

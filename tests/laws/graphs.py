@@ -18,7 +18,7 @@ def counted(flops: list[int]) -> Callable[..., object]:
     def compiler(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
         def run(*arguments: Tensor) -> object:
             with FlopCounterMode(display=False) as counter:
-                output = graph(*arguments)
+                output = torch.fx.Interpreter(graph).run(*arguments)  # torch 2.6 counts no module called here
             flops[0] += counter.get_total_flops()
             return output
 

@@ -40,6 +40,7 @@ CASES = [
     pytest.param(Transformer, ("pre_norm", 2), id="pre_norm"),
     pytest.param(Transformer, ("tuple_attention", 2), id="tuple_attention"),
     pytest.param(TorchTransformer, (1, True, False), id="rows on axis 1"),
+    pytest.param(BlockMLP, (("method",) * 2,), id="methods"),
 ]
 
 
