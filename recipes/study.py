@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: with status 1 if something is wrong, or a run could not be finished.
     """
     with interruptible():
-        args = tyro.cli(Args, args=arguments)
+        args = tyro.cli(Args, args=arguments, description=__doc__)
     try:
         runs = plan(args)
         left = [run for run in runs if not run.record(args.out).exists()]

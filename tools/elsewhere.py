@@ -46,8 +46,15 @@ def main(
     text = write.read_text() if write is not None else f"{BEGIN}{END}"
     if BEGIN not in text or END not in text:
         sys.exit(f"{write} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
+    if write is not None and only:
+        sys.exit(f"--only is a part of the table, and --write would put it in place of the whole in {write}")
+    chosen = [model for model in models() if not only or {model.package, model.title} & set(only)]
+    missing = sorted({model.package for model in chosen if not _installed(model.package)})
+    chosen = [model for model in chosen if model.package not in missing]
+    if missing and (write is not None or not chosen):
+        sys.exit(f"not all of it is installed; pip install {' '.join(missing)}")
     torch.set_num_threads(1)
-    made = "\n".join(table(only))
+    made = "\n".join(table(chosen, missing))
     if write is None:
         print(made)
     else:
@@ -166,11 +173,8 @@ def line(model: Model, result: Result) -> str:
     )
 
 
-def table(only: tuple[str, ...]) -> list[str]:
-    """All lines, as they get ready."""
-    chosen = [model for model in models() if not only or {model.package, model.title} & set(only)]
-    missing = {model.package for model in chosen if not _installed(model.package)}
-    chosen = [model for model in chosen if model.package not in missing]
+def table(chosen: list[Model], missing: list[str]) -> list[str]:
+    """All lines, with the packages of which there are none."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(m.package for m in chosen)
     )
@@ -189,7 +193,7 @@ def table(only: tuple[str, ...]) -> list[str]:
     in_rows = f"{rows} can run on rows, {default} do by default ({small} of them are too small to gain at these sizes)"
     lines += ["", f"{found} branches are gated, {expected} were expected; {in_rows}.", "", f"{versions}."]
     if missing:
-        lines += ["", f"Not installed, and left out: {', '.join(sorted(missing))}."]
+        lines += ["", f"Not installed, and left out: {', '.join(missing)}."]
     return lines
 
 

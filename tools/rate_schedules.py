@@ -58,6 +58,7 @@ def main(arguments: Arguments) -> Path:
         axes.tick_params(labelsize=8)
     figure.supylabel("factor on the rate", fontsize=9)
     figure.supxlabel("optimizer step", fontsize=9)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "rate_schedules.png"
     figure.savefig(path)
     return path

@@ -242,4 +242,4 @@ def main(folder: Annotated[Path, tyro.conf.Positional], figure: Path | None = No
 
 if __name__ == "__main__":
     with explained():
-        tyro.cli(main)
+        tyro.cli(main, description=__doc__)

@@ -294,4 +294,4 @@ def main(folder: Annotated[Path, tyro.conf.Positional], format: Literal["text", 
 
 if __name__ == "__main__":
     with explained():
-        tyro.cli(main)
+        tyro.cli(main, description=__doc__)

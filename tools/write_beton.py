@@ -72,7 +72,7 @@ def convert(config: Config) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     """Convert as the command line says."""
     try:
-        convert(tyro.cli(Config, args=arguments))
+        convert(tyro.cli(Config, args=arguments, description=__doc__))
     except (DataError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -13,8 +13,10 @@ marked "timm".
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -297,11 +299,13 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse(kind: type[ConfigT], args: Sequence[str], default: ConfigT | None = None) -> ConfigT:
-    """Read the command line.
+    """Read the command line; `--help` begins with what the recipe's file and its configuration say of themselves.
 
     Args:
         kind: the recipe's configuration.
         args: the command line without the program's name.
         default: what holds where the command line is silent; default `kind()`.
     """
-    return tyro.cli(kind, args=list(args), default=default or kind())
+    texts = sys.modules[kind.__module__].__doc__, kind.__doc__
+    description = "\n\n".join(cleandoc(text) for text in texts if text)
+    return tyro.cli(kind, args=list(args), default=default or kind(), description=description)

@@ -16,6 +16,7 @@ from tools import (
     benchmark_loaders,
     benchmark_options,
     benchmark_overhead,
+    elsewhere,
     model_coverage,
     shallower,
     study_report,
@@ -34,6 +35,24 @@ def test_the_table_of_models_wants_a_place_before_it_is_made(tmp_path: Path, mon
         model_coverage.main(only=("swin_transformer",), write=Path("other.md"))
     assert (tmp_path / "other.md").read_text() == "# Something else"
     assert not (tmp_path / "coverage.jsonl").exists()
+
+
+def test_the_table_of_other_code_bases_is_not_replaced_by_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "_installed", lambda package: package != "monai")
+    monkeypatch.setattr(elsewhere, "examine", lambda model: pytest.fail(f"{model.title} is examined"))
+    page = tmp_path / "models.md"
+    page.write_text(text := f"before{elsewhere.BEGIN}{elsewhere.END}after")
+    with pytest.raises(SystemExit, match="not all of it is installed; pip install monai"):
+        elsewhere.main(write=page)
+    with pytest.raises(SystemExit, match="not all of it is installed; pip install monai"):
+        elsewhere.main(only=("monai",))
+    with pytest.raises(SystemExit, match=r"would put it in place of the whole in .*models\.md"):
+        elsewhere.main(only=("diffusers",), write=page)
+    with pytest.raises(SystemExit, match=r"nothing is known as swims: choose among .*diffusers"):
+        elsewhere.main(only=("swims",))
+    assert page.read_text() == text
 
 
 def test_an_unknown_family_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

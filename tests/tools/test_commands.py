@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -41,6 +42,8 @@ def test_help_is_answered_before_anything_heavy_is_imported_and_leaves_nothing(p
     run = ask(path, "--help", cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "[]\n")
     assert path.name in run.stdout.splitlines()[0]
+    says = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    assert says in " ".join(run.stdout.split())
     assert not list(tmp_path.iterdir())
 
 
