@@ -279,7 +279,7 @@ class Costly(nn.Module):
         return x + self.g(x)
 
 
-@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_budget_is_kept_also_where_operations_are_counted_with_numbers(asks: bool) -> None:
     model, x = Costly(asks), torch.randn(2, 1, 2048)
     with rdp.attach(model, 0.5, example_inputs=x) as handle:

@@ -111,9 +111,9 @@ PROGRAM = """
     ("end", "status", "method"),
     [
         ("raise KeyError(1)", 1, "fork"),
-        ("os.kill(os.getpid(), 9)", -9, "fork"),
         ("os.kill(os.getpid(), 9)", -9, "forkserver"),
-        ("sys.exit(3)", 3, "fork"),
+        pytest.param("os.kill(os.getpid(), 9)", -9, "fork", marks=pytest.mark.slow),
+        pytest.param("sys.exit(3)", 3, "fork", marks=pytest.mark.slow),
     ],
 )
 def test_they_end_with_their_parent_however_it_ends(end, status, method, photographs):
