@@ -166,6 +166,12 @@ def _gates(run: Run) -> Iterator[Problem]:
             "woken",
             f"{_named(list(watch.woken))} did not train when it was found, so it has no rate, and trains plainly now",
         )
+    if watch.late:
+        yield Problem(
+            "late",
+            f"{_named(watch.late)} did not run when the branches were found, and trains plainly now; attach again, "
+            "when the model goes this way",
+        )
     rows = run.masks.shape[1]
     if run.options.sampling == "fixed" and rows:
         never = [b.name for _, b in branches if b.rate and int(b.rate * rows + 0.5) == 0]

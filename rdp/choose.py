@@ -107,6 +107,8 @@ class Choice:
     """Where the inputs have their rows; None where batch mode knows of none."""
     warnings: tuple[str, ...] = ()
     """What the user should be told."""
+    unused: frozenset[str] = frozenset()
+    """Names of parameters outside of branches that the forward did not use."""
 
 
 def choose_branches(
@@ -159,7 +161,7 @@ def _choose_branches(
     with forwards.undisturbed(model):
         seen = look(model, options, inputs, rows, known)
         found, plan, places, odd = seen.found, seen.plan, seen.places, seen.odd
-        chosen = _selected(model, options, found)
+        chosen = selected(model, options, found)
         located = [
             replace(b, gates=tuple(replace(g, rows=at.gates[g.module, g.leaf]) for g in b.gates), cuts=at.cuts)
             for at, b in zip([places[id(c)] for c in chosen], found.branches(chosen), strict=True)
@@ -199,7 +201,8 @@ def _choose_branches(
     check_scaling(rated, options, options.rate)
     programs = {name: program for name, program in plan.programs.items() if program.fewest < NEVER}
     few = seen.rows.take(inputs, 2) if seen.rows is not None else fresh(inputs)
-    return Choice(rated, refused, programs, few, warnings=tuple(told), rows=seen.rows)
+    unused = found.graph.unused().difference(*(branch.parameters for branch in rated))
+    return Choice(rated, refused, programs, few, warnings=tuple(told), rows=seen.rows, unused=unused)
 
 
 def check_scaling(branches: Iterable[Branch], options: Options, rate: float) -> None:
@@ -222,7 +225,12 @@ def _rated(branches: list[Branch], options: Options) -> list[Branch]:
     return [replace(b, rate=r, share=s) for b, r, s in zip(branches, rates, shares, strict=True)]
 
 
-def _selected(model: nn.Module, options: Options, found: Discovery) -> list[Candidate]:
+def selected(model: nn.Module, options: Options, found: Discovery) -> list[Candidate]:
+    """Those that the user wants gated.
+
+    Raises:
+        BranchError: If one that was named is none that can be.
+    """
     if options.branches is None:
         return found.accepted
     if callable(options.branches):

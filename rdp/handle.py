@@ -20,6 +20,7 @@ from rdp.check import Checkup, check, warn_after_first_cycle
 from rdp.distributed.agreement import ShadowHook
 from rdp.distributed.ranks import Ranks, check_sharding
 from rdp.errors import ArgumentError, AttachError, UnknownAttributeError, warn
+from rdp.late import late_branches
 from rdp.native import NativeDrop, find_native_drops
 from rdp.options import Options
 from rdp.phases import Phase
@@ -188,7 +189,9 @@ class ResidualDropPath:
             alternate, steps without a training forward, optimizers that are not wrapped, frozen parameters that moved.
         """
         if inputs is not None and self.attached:
-            self._proof = prove(self._run, self._discover_in(inputs))
+            given = self._discover_in(inputs)
+            self._proof = prove(self._run, given)
+            self._look_again(given)
         if self.attached:
             self._run.look()
         return check(self._run, self.refused, self._proof)
@@ -280,10 +283,14 @@ class ResidualDropPath:
         choice, self._proof, self._places = settled.choice, settled.proof, settled.places
         self._silenced += settled.silenced
         self.refused, self._found_with = choice.refused, choice.found_with
-        self._run.expected, self._run.look = None, settled.places.look
+        self._run.expected, self._run.look, self._run.look_again = None, settled.places.look, self._look_again
+        self._run.watch.unused = choice.unused
         for text in choice.warnings:
             warn(text)
         compiled.forget_compiled()
+
+    def _look_again(self, inputs: Inputs | None) -> None:
+        self._run.watch.come_late(late_branches(self._run, inputs or self._found_with))
 
     def _check_attached(self) -> None:
         if not self.attached:

@@ -64,7 +64,7 @@ def look(
         assert rows is not None
         pair, single = rows.take(inputs, 2), rows.take(inputs, 1)
         for graph, alone in traced(model, pair, single):
-            found = _found(model, options, graph, known)
+            found = discovered(model, options, graph, known)
             plan = _plan(model, options, found, alone, pair)
             if found.accepted and not plan.wrong:
                 break
@@ -84,7 +84,7 @@ def _whole(
 ) -> Seen:
     """Batch mode asks nothing of the inputs. If they have rows, a dropped branch may run on one of them alone."""
     for (graph,) in traced(model, inputs):
-        found = _found(model, options, graph, known)
+        found = discovered(model, options, graph, known)
         if found.accepted:
             break
     names = {candidate.name for candidate in found.accepted}
@@ -93,7 +93,7 @@ def _whole(
         try:
             pair, single = rows.take(inputs, 2), rows.take(inputs, 1)
             for two, one in traced(model, pair, single):
-                few = _found(model, options, two, known)
+                few = discovered(model, options, two, known)
                 few = replace(few, candidates=[c for c in few.accepted if c.name in names])
                 plan = _plan(model, options, few, one, pair)
                 if few.accepted and not plan.wrong:
@@ -106,7 +106,8 @@ def _whole(
     return Seen(found, plan.without(known.dense), locate(found.accepted, graph, graph), Coupling(), rows)
 
 
-def _found(model: nn.Module, options: Options, graph: Graph, known: Known) -> Discovery:
+def discovered(model: nn.Module, options: Options, graph: Graph, known: Known) -> Discovery:
+    """What a forward shows, for what `options` ask and by what is `known` besides."""
     stops = options.freeze == "output" and Phase.FREEZE in options.phases
     found = find_branches(graph, model, options.named, stops)
     for candidate in found.accepted:

@@ -107,6 +107,11 @@ class Graph:
         """Names of the parameters and buffers used on `path`."""
         return {name for i in self.constants(path) if (name := self.values[i].parameter) is not None}
 
+    def unused(self) -> frozenset[str]:
+        """Names of the parameters that the forward did not use, the first of several names each."""
+        used = {value.parameter for value in self.values}
+        return frozenset(name for name, _ in self.trace.model.named_parameters() if name not in used)
+
     def rank(self, path: Collection[int]) -> int:
         """`LINEAR_FORM`, `AFFINE_MAP` or `NONLINEAR`."""
         nodes = [self.values[i] for i in path]

@@ -1,12 +1,15 @@
 """Which parameters can learn through which branches only.
 
 The forward is followed backwards from the output; a value belongs to the branch that was entered last. So what a branch
-draws from elsewhere is its own too, such as the keys and values of a cross attention.
+draws from elsewhere is its own too, such as the keys and values of a cross attention. What the forward did not use,
+such as experts that got none of its rows, belongs where the module does that would have used it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 from rdp.discovery.graph import Graph
 from rdp.discovery.nesting import End
@@ -42,5 +45,31 @@ def parameters_by_branch(graph: Graph, ends: list[list[End]]) -> list[list[str]]
             (todo if gate is None else behind_gates).append((source, gate))
     ungated = graph.parameters(seen[None])
     used = [(graph.parameters(seen[place]) & graph.trainable) - ungated for place in range(len(ends))]
+    for name, place in [*_unused(graph, seen, used)]:
+        used[place].add(name)
     order = [name for name, _ in graph.trace.model.named_parameters(remove_duplicate=False)]
     return [[name for name in order if name in mine] for mine in used]
+
+
+def _unused(graph: Graph, seen: Mapping[Place, set[int]], used: list[set[str]]) -> Iterator[tuple[str, int]]:
+    """Parameters that the forward did not use, with each branch that they would have reached the output through.
+
+    Where the module that holds them also makes something that no gate guards, they go with those of the same kind,
+    whose names differ in numbers alone.
+    """
+    outputs: dict[str, set[int]] = defaultdict(set)
+    for call in graph.trace.calls:
+        outputs[call.name].update(value for value in call.outputs if graph.values[value].is_data)
+    for name in graph.unused():
+        holder = name
+        while holder and holder not in outputs:
+            holder = holder.rpartition(".")[0]
+        mixed = not outputs[holder].isdisjoint(seen[None])
+        for place, mine in enumerate(used):
+            alike = any(_kind(other) == _kind(name) for other in mine if other.startswith(f"{holder}."))
+            if not outputs[holder].isdisjoint(seen[place]) and (alike or not mixed):
+                yield name, place
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)

@@ -48,6 +48,8 @@ def begin(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
             run.discover(args, kwargs)
             if callable(unshard := getattr(module, "unshard", None)):
                 unshard()  # FSDP has sharded the model again after the forwards of discovery
+        elif run.watch.detour:
+            run.look_again((args, kwargs))
         forward = run.begin_forward(refusals.count_rows(run.rows, (args, kwargs), run.options.mode))
         forward.running, forward.nodes = True, (next_node(), 0)
         run.first.called((args, kwargs), forward)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rdp.branches import Branch
+from rdp.calls import Inputs
 from rdp.distributed.agreement import Agreement
 from rdp.distributed.ranks import Ranks
 from rdp.inputs import Rows
@@ -52,6 +53,7 @@ class Run:
 
     Attributes:
         look: Called as a training forward begins, to see whether the branches are where they were.
+        look_again: Called where there may be branches that are not known, with the inputs of a forward, if at hand.
         branches: In forward order; empty until they have been found.
         blocks: The modules that add them.
         rows: Where the rows of the model's inputs are; None if that is not known, as it need not be in batch mode.
@@ -81,6 +83,7 @@ class Run:
     def __init__(self, model: nn.Module, options: Options, ranks: Ranks, discover: Callable[..., None]) -> None:
         self.model, self.options, self.discover = model, options, discover
         self.look: Callable[[], object] = bool
+        self.look_again: Callable[[Inputs | None], None] = lambda inputs: None
         self.probes = Probes()
         self.cycles = Cycles(options, self.probes)
         self.schedule = self.cycles.schedule
@@ -262,7 +265,10 @@ class Run:
         """End the current step, in which these parameters were frozen."""
         step = self.step
         self.watch.step_ends(frozen)
+        waiting = self.watch.detour  # for a whole step, since compiled code has called the model
         self.watch.counts(step, self.frozen)
+        if waiting:
+            self.look_again(None)
         self.step = self.cycles.after(step)
         self.first.step_ends(self)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rdp.branches import Branch
-from rdp.errors import warn
+from rdp.errors import listed, warn
 from rdp.phases import Phase
 from rdp.training.frozen import Frozen, Slot
 
@@ -51,9 +51,16 @@ class Watch:
         """Names of parameters that moved although they were frozen, with the number of the step."""
         self.woken: dict[str, Branch] = {}
         """By name, branches that train, but did not when they were found."""
+        self.unused: frozenset[str] = frozenset()
+        """Names of parameters outside of branches that were not used when these were found, and have not learnt yet."""
+        self.detour = False
+        """Have some of them learnt since the model was last looked at?"""
+        self.late: tuple[str, ...] = ()
+        """Names of branches that run, but did not when the others were found."""
         self.warned: set[str] = set()
         self.watched: list[Slot] = []
         """The parameters that are looked at: those of branches, and some outside of them."""
+        self._places: Mapping[str, Slot] = {}
         self._first: Seen | None = None  # in the first forward of all
         self._seen: Seen | None = None
         self._frozen: frozenset[int] = frozenset()
@@ -62,7 +69,7 @@ class Watch:
 
     def found(self, places: Mapping[str, Slot], watched: Collection[str]) -> None:
         """The branches are known; `places` are those of all parameters, and these of them are looked at."""
-        self.known, self._first = frozenset(places), None
+        self.known, self._first, self._places = frozenset(places), None, places
         self.watched = [places[name] for name, _ in self.model.named_parameters() if name in watched]
 
     def forward_begins(self, phase: Phase, step: int, in_step: bool) -> None:
@@ -114,6 +121,10 @@ class Watch:
             before, rows = self.learnt.get(step.phase, ([0] * len(forward.kept), 0))
             learnt = frozen.rows_learning(forward.masks, forward.kept, step.phase, forward.plain)
             self.learnt[step.phase] = [a + b for a, b in zip(before, learnt, strict=True)], rows + forward.rows
+        slots = {name: self._places[name] for name in self.unused & self.known}
+        there = {name: slot.holder.get(slot.key) for name, slot in slots.items()}
+        if learning := {name for name, p in there.items() if p is not None and p.grad is not None}:
+            self.unused, self.detour = self.unused - learning, True
         if step.phase is Phase.FREEZE and counted:
             self.compared += 1
             self.differing += len(counted) != len(step.replay)
@@ -162,6 +173,17 @@ class Watch:
             "trained plainly, and so are others if handle.check() names them. Call handle.remove() and attach again, "
             "with everything in train mode that will train",
         )
+
+    def come_late(self, branches: tuple[str, ...]) -> None:
+        """The model has been looked at again, and has these branches besides."""
+        self.detour, self.late = False, branches or self.late
+        if branches:
+            self.warn(
+                "late",
+                f"{listed([f'`{name}`' for name in branches])} did not run when the branches were found, and are "
+                "trained plainly now. Call handle.remove() and attach again, when the model goes this way; what runs "
+                "in training alone cannot be found",
+            )
 
     def moving(self) -> set[str]:
         """Names of the watched parameters that have changed since the first forward."""
