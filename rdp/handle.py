@@ -181,7 +181,8 @@ class ResidualDropPath:
 
         Args:
             inputs: Of a forward, as `discover` takes them: the gates are proved on two rows of them, whatever that
-                takes. None: it is reported what the proof has shown that was made when branches were found.
+                takes, and branches that run besides are named. None: it is reported what the proof has shown that was
+                made when branches were found.
 
         Returns:
             A verdict; what is attached, and on how many rows each branch has learnt; and problems, each with what,

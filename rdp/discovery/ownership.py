@@ -7,6 +7,7 @@ such as experts that got none of its rows, belongs where the module does that wo
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -60,15 +61,21 @@ def _unused(graph: Graph, seen: Mapping[Place, set[int]], used: list[set[str]]) 
     outputs: dict[str, set[int]] = defaultdict(set)
     for call in graph.trace.calls:
         outputs[call.name].update(value for value in call.outputs if graph.values[value].is_data)
+
+    @functools.cache
+    def places(holder: str) -> list[int]:
+        return [place for place in range(len(used)) if not outputs[holder].isdisjoint(seen[place])]
+
+    @functools.cache
+    def kinds(place: int) -> set[str]:
+        return {_kind(name) for name in used[place]}
+
     for name in graph.unused():
         holder = name
         while holder and holder not in outputs:
             holder = holder.rpartition(".")[0]
         mixed = not outputs[holder].isdisjoint(seen[None])
-        for place, mine in enumerate(used):
-            alike = any(_kind(other) == _kind(name) for other in mine if other.startswith(f"{holder}."))
-            if not outputs[holder].isdisjoint(seen[place]) and (alike or not mixed):
-                yield name, place
+        yield from ((name, place) for place in places(holder) if not mixed or _kind(name) in kinds(place))
 
 
 def _kind(name: str) -> str:

@@ -265,7 +265,7 @@ class Run:
         """End the current step, in which these parameters were frozen."""
         step = self.step
         self.watch.step_ends(frozen)
-        waiting = self.watch.detour  # for a whole step, since compiled code has called the model
+        waiting = self.watch.detour  # for a whole step, where compiled code calls the model without asking Python
         self.watch.counts(step, self.frozen)
         if waiting:
             self.look_again(None)
