@@ -192,7 +192,8 @@ class ResidualDropPath:
         if inputs is not None and self.attached:
             given = self._discover_in(inputs)
             self._proof = prove(self._run, given)
-            self._look_again(given)
+            if self.rate > 0:
+                self._look_again(given)
         if self.attached:
             self._run.look()
         return check(self._run, self.refused, self._proof)

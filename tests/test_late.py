@@ -138,6 +138,25 @@ def test_who_has_chosen_the_branches_is_told_of_those_that_were_meant():
     assert text.startswith("`blocks.2.fc2` did not run")
 
 
+def test_where_plain_is_meant_nothing_is_told():
+    """After the handle is removed, and at rate 0 until that is raised."""
+    model, handle, optimizer = attached()
+    model.depth = 4
+    assert train(model, optimizer, 1) == []
+    handle.remove()
+    assert train(model, optimizer, 4) == []
+
+    model = Growing(2)
+    handle = rdp.attach(model, 0.0, example_inputs=torch.randn(2, 3))
+    optimizer = handle.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+    model.depth = 4
+    assert train(model, optimizer, 4) == []
+    assert "did not run" not in str(handle.check(torch.randn(2, 3)))
+    handle.rate = 0.5
+    (text,) = train(model, optimizer, 4)
+    assert text.startswith("`blocks.2.fc2`, `blocks.3.fc2` did not run")
+
+
 def test_what_does_not_learn_is_not_told():
     model, handle, optimizer = attached()
     model.depth = 4

@@ -87,7 +87,7 @@ class BranchOnRows:
         self._numbers = {
             operation.target: i for i, operation in enumerate(program.operations) if isinstance(operation.target, str)
         }
-        # Apart, since to the compiler of torch 2.6 a method like `Tensor.permute` is none as an operation's attribute.
+        # Not asked of the operations: torch 2.6 cannot compile reading a method, as `Tensor.permute`, off an object.
         self._functions = [None if isinstance(o.target, str) else o.target for o in program.operations]
 
     def enter(self, given: Arguments, split_on: Callable[[torch.device], Split], freeze: bool) -> Arguments | None:

@@ -265,10 +265,11 @@ class Run:
         """End the current step, in which these parameters were frozen."""
         step = self.step
         self.watch.step_ends(frozen)
-        waiting = self.watch.detour  # for a whole step, where compiled code calls the model without asking Python
         self.watch.counts(step, self.frozen)
-        if waiting:
-            self.look_again(None)
+        if self.attached and self.cycles.rate > 0:  # or plain is what it is meant to be
+            if self.watch.detour:  # for a whole step, where compiled code calls the model without asking Python
+                self.look_again(None)
+            self.watch.notice_detour()
         self.step = self.cycles.after(step)
         self.first.step_ends(self)
 

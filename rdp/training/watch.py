@@ -121,13 +121,16 @@ class Watch:
             before, rows = self.learnt.get(step.phase, ([0] * len(forward.kept), 0))
             learnt = frozen.rows_learning(forward.masks, forward.kept, step.phase, forward.plain)
             self.learnt[step.phase] = [a + b for a, b in zip(before, learnt, strict=True)], rows + forward.rows
+        if step.phase is Phase.FREEZE and counted:
+            self.compared += 1
+            self.differing += len(counted) != len(step.replay)
+
+    def notice_detour(self) -> None:
+        """The step has ended: has something learnt that was not used when the branches were found?"""
         slots = {name: self._places[name] for name in self.unused & self.known}
         there = {name: slot.holder.get(slot.key) for name, slot in slots.items()}
         if learning := {name for name, p in there.items() if p is not None and p.grad is not None}:
             self.unused, self.detour = self.unused - learning, True
-        if step.phase is Phase.FREEZE and counted:
-            self.compared += 1
-            self.differing += len(counted) != len(step.replay)
 
     def forget(self) -> None:
         """Parameters are about to move for good reasons: an optimizer evaluates a closure, a state is loaded."""
